@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set everything up in .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test e2e lint types contracts security check study study-quick vectors proto clean help
+
+help:            ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## create .venv and install the project with all extras
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(f"error: Foedus needs Python 3.11 or newer, this is {sys.version.split()[0]}; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch alone and by version: so pip takes a CPU build where one is offered.
+	$(BIN)/pip install --quiet 'torch==2.13.0'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[client,coordinator,dev]'
+	touch $(STAMP)
+
+demo: setup      ## run the main job: three organisations train one adapter privately on invented text
+	$(BIN)/foedus demo $(DEMO_FLAGS)
+
+test: setup      ## unit and end-to-end tests on a CPU, then the list of what was skipped and why
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+e2e: setup       ## only the tests that start real processes
+	$(BIN)/pytest -m e2e
+
+lint: setup      ## ruff, formatting included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup     ## mypy --strict
+	$(BIN)/mypy
+
+contracts: setup ## direction of imports
+	$(BIN)/lint-imports
+
+security: setup  ## bandit
+	$(BIN)/bandit --quiet --recursive --severity-level medium -c pyproject.toml protocols kernels model client coordinator deploy
+
+check: lint types contracts security  ## everything static
+
+study: setup     ## real text, three seeds, with and without privacy (DATA=folder with medical/ and legal/)
+	$(BIN)/python tests/bench/study.py --data $(or $(DATA),../shared/data) $(STUDY_FLAGS)
+
+proto: setup     ## regenerate the gRPC code
+	cd protocols && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. foedus_protocols/v1/*.proto
+
+clean:           ## remove what make created, keep the environment
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist

@@ -1,0 +1,457 @@
+"""The coordinator's database: how far every run is, durable before anyone is told.
+
+SQLite in WAL mode with ``synchronous=FULL``; any other SQLAlchemy URL works through the same calls. A write is one
+transaction that takes the lock at its start (``BEGIN IMMEDIATE``), so that "is the round still open? then this vector
+is in it" is decided once. What is sent and who is a member live next door (`mailbox.py`, `members.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Engine, Row, create_engine, event, func, inspect, select, text
+from sqlalchemy.engine import make_url
+
+from foedus_coordinator.tables import (
+    participants,
+    published,
+    rounds,
+    runs,
+    scores,
+    timings,
+    traffic,
+    vectors,
+)
+from foedus_protocols.errors import StateError
+from foedus_protocols.messages import Scores
+
+SCHEMA_VERSION = "0001"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BUSY_SECONDS = 30
+
+RunState = Literal["agreeing", "running", "closing", "finished"]
+RoundState = Literal["offered", "frozen", "summed", "advanced", "closed", "failed"]
+Verdict = Literal["included", "late"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """One run. `state` says how far it is, `outcome` (see `messages.CloseNotice`) how it ended."""
+
+    id: str
+    charter_digest: str
+    operator_signature: str
+    base_config: bytes
+    agreement_digest: str | None
+    state: RunState
+    outcome: Literal["complete", "failed", "refused", "stopped"] | None
+    reason: str | None
+    variant: str | None
+    created: float
+    finished: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """One round of a run; the digests are filled in as its steps are done."""
+
+    run: str
+    number: int
+    state: RoundState
+    attempt: int
+    deadline: float
+    start_digest: str
+    history_digest: str
+    survivors: tuple[str, ...]
+    sum_digest: str | None
+    adapter_digest: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorRow:
+    """One organisation's vector in one round, and the receipt that it was given."""
+
+    run: str
+    round: int
+    org: str
+    digest: str
+    bytes: int
+    verdict: Verdict
+    receipt: bytes
+    erased: int
+
+
+class Storage:
+    """The database of one coordinator. Safe to use from many threads and, for SQLite, from several processes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._generation = 0
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    # -- transactions and waiting -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction that sees one state and changes nothing."""
+        with self.engine.connect().execution_options(foedus_read=True) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that holds the write lock from its first statement; waiters wake when it has been committed."""
+        with self.engine.begin() as connection:
+            yield connection
+        with self._changed:
+            self._generation += 1
+            self._changed.notify_all()
+
+    @property
+    def generation(self) -> int:
+        """Counts this process's commits; hand it to `wait` to miss none."""
+        return self._generation
+
+    def wait(self, seconds: float, *, since: int) -> None:
+        """Sleep until this process has committed something after `since`, or `seconds` are over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._generation != since, timeout=max(0.0, seconds))
+
+    # -- runs -----------------------------------------------------------------------------------------------------------
+
+    def add_run(
+        self,
+        run: str,
+        *,
+        charter_digest: str,
+        operator_signature: str,
+        base_config: bytes,
+        orgs: list[str],
+        files: list[str],
+    ) -> None:
+        """Start a run: from here on the executor finds it.
+
+        Raises:
+            StateError: A run of this name, and so of this charter, exists.
+        """
+        with self.write() as connection:
+            if connection.execute(select(runs.c.id).where(runs.c.id == run)).first():
+                raise StateError(f"expected a new run, but {run} exists; see `foedus coordinator run show {run}`")
+            connection.execute(
+                runs.insert().values(
+                    id=run,
+                    charter_digest=charter_digest,
+                    operator_signature=operator_signature,
+                    base_config=base_config,
+                    state="agreeing",
+                    created=time.time(),
+                )
+            )
+            connection.execute(participants.insert(), [{"run": run, "org": org} for org in orgs])
+            for digest in files:
+                _publish(connection, digest, run)
+
+    def run(self, run: str) -> RunRow:
+        """One run.
+
+        Raises:
+            StateError: There is no such run.
+        """
+        with self.read() as connection:
+            row = connection.execute(select(runs).where(runs.c.id == run)).first()
+        if row is None:
+            raise StateError(f"expected a run, but there is none named {run!r}; see `foedus coordinator run list`")
+        return RunRow(**row._mapping)
+
+    def runs(self) -> list[RunRow]:
+        """All runs, oldest first."""
+        with self.read() as connection:
+            return [RunRow(**row._mapping) for row in connection.execute(select(runs).order_by(runs.c.created))]
+
+    def update_run(self, run: str, **values: Any) -> None:
+        """Write some columns of a run."""
+        with self.write() as connection:
+            connection.execute(runs.update().where(runs.c.id == run).values(**values))
+
+    def record_signature(self, run: str, org: str, *, signature: str | None, refused_step: int | None) -> None:
+        """Keep an organisation's answer to the charter."""
+        with self.write() as connection:
+            connection.execute(
+                participants.update()
+                .where(participants.c.run == run, participants.c.org == org)
+                .values(signature=signature, refused_step=refused_step)
+            )
+
+    def signatures(self, run: str) -> dict[str, tuple[str | None, int | None]]:
+        """For each participant: its signature, or the step that it refused at, or neither yet."""
+        with self.read() as connection:
+            rows = connection.execute(select(participants).where(participants.c.run == run))
+            return {row.org: (row.signature, row.refused_step) for row in rows}
+
+    # -- rounds ---------------------------------------------------------------------------------------------------------
+
+    def add_round(self, run: str, number: int, *, deadline: float, start_digest: str, history_digest: str) -> None:
+        """Open a round, or do nothing where it is open already."""
+        with self.write() as connection:
+            at = (rounds.c.run == run, rounds.c.number == number)
+            if connection.execute(select(rounds.c.number).where(*at)).first() is None:
+                connection.execute(
+                    rounds.insert().values(
+                        run=run,
+                        number=number,
+                        state="offered",
+                        attempt=1,
+                        deadline=deadline,
+                        start_digest=start_digest,
+                        history_digest=history_digest,
+                    )
+                )
+
+    def rounds(self, run: str) -> list[RoundRow]:
+        """The rounds of a run, in order."""
+        with self.read() as connection:
+            found = connection.execute(select(rounds).where(rounds.c.run == run).order_by(rounds.c.number))
+            return [_round(row) for row in found]
+
+    def round(self, run: str, number: int) -> RoundRow:
+        """One round.
+
+        Raises:
+            StateError: It was never opened.
+        """
+        with self.read() as connection:
+            row = connection.execute(select(rounds).where(rounds.c.run == run, rounds.c.number == number)).first()
+        if row is None:
+            raise StateError(f"expected an open round, but round {number} of run {run!r} was never offered")
+        return _round(row)
+
+    def update_round(self, run: str, number: int, **values: Any) -> None:
+        """Write some columns of a round."""
+        with self.write() as connection:
+            connection.execute(rounds.update().where(rounds.c.run == run, rounds.c.number == number).values(**values))
+
+    def freeze(self, run: str, number: int, *, at_least: int) -> tuple[str, ...] | None:
+        """Fix whose vectors are in the round, once: later ones are late.
+
+        Returns:
+            The survivors in ascending order, or None, changing nothing, where there are fewer than `at_least`.
+        """
+        with self.write() as connection:
+            at = (rounds.c.run == run, rounds.c.number == number)
+            row = connection.execute(select(rounds.c.state, rounds.c.survivors).where(*at)).one()
+            if row.state != "offered":
+                return tuple(json.loads(row.survivors or "[]"))
+            included = select(vectors.c.org).where(
+                vectors.c.run == run, vectors.c.round == number, vectors.c.verdict == "included"
+            )
+            survivors = sorted(connection.execute(included).scalars())
+            if len(survivors) < at_least:
+                return None
+            connection.execute(rounds.update().where(*at).values(state="frozen", survivors=json.dumps(survivors)))
+        return tuple(survivors)
+
+    # -- vectors --------------------------------------------------------------------------------------------------------
+
+    def accept_vector(
+        self, *, run: str, number: int, org: str, digest: str, size: int, receipt: Callable[[Verdict], bytes]
+    ) -> bytes:
+        """Decide, in one transaction, whether a vector that lies on disk is in its round, and keep the receipt.
+
+        Returns:
+            The receipt's bytes; the first one again where the same vector comes again.
+
+        Raises:
+            StateError: Another vector of this organisation was acknowledged in this round.
+        """
+        at = (vectors.c.run == run, vectors.c.round == number, vectors.c.org == org)
+        with self.write() as connection:
+            known = connection.execute(select(vectors).where(*at)).first()
+            if known is not None:
+                if known.digest != digest:
+                    raise StateError(
+                        f"expected the vector {known.digest[:16]} that {org} sent before in round {number}, "
+                        f"got {digest[:16]}: one round has one vector, whatever the attempt"
+                    )
+                return bytes(known.receipt)
+            state = connection.execute(
+                select(rounds.c.state).where(rounds.c.run == run, rounds.c.number == number)
+            ).scalar_one()
+            verdict: Verdict = "included" if state == "offered" else "late"
+            signed = receipt(verdict)
+            connection.execute(
+                vectors.insert().values(
+                    run=run,
+                    round=number,
+                    org=org,
+                    digest=digest,
+                    bytes=size,
+                    verdict=verdict,
+                    receipt=signed,
+                    erased=0,
+                )
+            )
+            _count(connection, run, org, up=size)
+        return signed
+
+    def vectors(self, run: str, number: int) -> list[VectorRow]:
+        """The vectors of a round, by organisation."""
+        with self.read() as connection:
+            found = select(vectors).where(vectors.c.run == run, vectors.c.round == number).order_by(vectors.c.org)
+            return [VectorRow(**row._mapping) for row in connection.execute(found)]
+
+    def erase_vectors(self, run: str, number: int, delete: Callable[[str], None]) -> None:
+        """Erase the files of a round's vectors; `delete` gets each digest that no other open round still needs."""
+        with self.write() as connection:
+            mine = (vectors.c.run == run, vectors.c.round == number, vectors.c.erased == 0)
+            digests = list(connection.execute(select(vectors.c.digest).where(*mine)).scalars())
+            connection.execute(vectors.update().where(*mine).values(erased=1))
+            for digest in set(digests):
+                others = select(vectors.c.org).where(vectors.c.digest == digest, vectors.c.erased == 0)
+                if connection.execute(others).first() is None:
+                    delete(digest)
+
+    # -- files, scores, timings, traffic --------------------------------------------------------------------------------
+
+    def publish(self, digest: str, run: str = "") -> None:
+        """Let the participants of a run, or without one every member, pull a file."""
+        with self.write() as connection:
+            _publish(connection, digest, run)
+
+    def may_pull(self, digest: str, org: str) -> str | None:
+        """The run for which an organisation may pull a file ("" for every member's), or None where it may not."""
+        mine = select(participants.c.run).where(participants.c.org == org)
+        allowed = select(published.c.run).where(
+            published.c.digest == digest, (published.c.run == "") | published.c.run.in_(mine)
+        )
+        with self.read() as connection:
+            return connection.execute(allowed).scalars().first()
+
+    def add_scores(self, run: str, after: int, org: str, value: Scores) -> None:
+        """Keep what an organisation reported about the adapter after `after` closed rounds; the first report stands."""
+        with self.write() as connection:
+            at = (scores.c.run == run, scores.c.after == after, scores.c.org == org)
+            if connection.execute(select(scores.c.org).where(*at)).first() is None:
+                connection.execute(scores.insert().values(run=run, after=after, org=org, **value.model_dump()))
+
+    def scores(self, run: str) -> dict[int, dict[str, Scores]]:
+        """Scores by closed rounds and organisation."""
+        out: dict[int, dict[str, Scores]] = {}
+        with self.read() as connection:
+            for row in connection.execute(select(scores).where(scores.c.run == run).order_by(scores.c.after)):
+                value = Scores(loss_sum=row.loss_sum, tokens=row.tokens, units=row.units)
+                out.setdefault(row.after, {})[row.org] = value
+        return out
+
+    def add_seconds(self, run: str, number: int, phase: str, seconds: float) -> None:
+        """Add to what a phase of a round took; a resumed phase adds up."""
+        at = (timings.c.run == run, timings.c.round == number, timings.c.phase == phase)
+        with self.write() as connection:
+            done = connection.execute(timings.update().where(*at).values(seconds=timings.c.seconds + seconds))
+            if done.rowcount == 0:
+                connection.execute(timings.insert().values(run=run, round=number, phase=phase, seconds=seconds))
+
+    def seconds(self, run: str) -> dict[int, dict[str, float]]:
+        """Seconds by round and phase."""
+        out: dict[int, dict[str, float]] = {}
+        with self.read() as connection:
+            for row in connection.execute(select(timings).where(timings.c.run == run).order_by(timings.c.round)):
+                out.setdefault(row.round, {})[row.phase] = row.seconds
+        return out
+
+    def count_bytes(self, run: str, org: str, *, up: int = 0, down: int = 0) -> None:
+        """Add to a run's traffic with one organisation."""
+        with self.write() as connection:
+            _count(connection, run, org, up=up, down=down)
+
+    def traffic(self, run: str) -> tuple[int, int]:
+        """Bytes up and down of a run, all organisations together."""
+        total = select(func.sum(traffic.c.bytes_up), func.sum(traffic.c.bytes_down)).where(traffic.c.run == run)
+        with self.read() as connection:
+            up, down = connection.execute(total).one()
+        return int(up or 0), int(down or 0)
+
+
+def open_storage(url: str) -> Storage:
+    """Open the database, building or upgrading its tables where they are behind.
+
+    Raises:
+        StateError: It was written by a newer version of this program.
+    """
+    engine = create_engine(url, **_sqlite_arguments(url))
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _on_sqlite_connect)
+        event.listen(engine, "begin", _on_sqlite_begin)
+    found = _schema_version(engine)
+    if found is None or found < SCHEMA_VERSION:
+        migrate(engine)
+    elif found > SCHEMA_VERSION:
+        raise StateError(f"expected a database of version {SCHEMA_VERSION}, found {found}; use a newer foedus")
+    return Storage(engine)
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the tables to `SCHEMA_VERSION`."""
+    # Alembic takes a quarter of a second to import, and a database that is up to date needs none of it.
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _sqlite_arguments(url: str) -> dict[str, Any]:
+    if make_url(url).get_backend_name() != "sqlite":
+        return {}
+    return {"connect_args": {"timeout": _BUSY_SECONDS, "check_same_thread": False}, "pool_size": 16}
+
+
+def _schema_version(engine: Engine) -> str | None:
+    if not inspect(engine).has_table("alembic_version"):
+        return None
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def _on_sqlite_connect(connection: Any, _record: Any) -> None:
+    # The driver must not open transactions by itself: `_on_sqlite_begin` does.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _on_sqlite_begin(connection: Connection) -> None:
+    reading = connection.get_execution_options().get("foedus_read", False)
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _round(row: Row[Any]) -> RoundRow:
+    values = dict(row._mapping)
+    values["survivors"] = tuple(json.loads(values["survivors"] or "[]"))
+    return RoundRow(**values)
+
+
+def _publish(connection: Connection, digest: str, run: str) -> None:
+    at = (published.c.digest == digest, published.c.run == run)
+    if connection.execute(select(published.c.digest).where(*at)).first() is None:
+        connection.execute(published.insert().values(digest=digest, run=run))
+
+
+def _count(connection: Connection, run: str, org: str, *, up: int = 0, down: int = 0) -> None:
+    at = (traffic.c.run == run, traffic.c.org == org)
+    more = {"bytes_up": traffic.c.bytes_up + up, "bytes_down": traffic.c.bytes_down + down}
+    if connection.execute(traffic.update().where(*at).values(**more)).rowcount == 0:
+        connection.execute(traffic.insert().values(run=run, org=org, bytes_up=up, bytes_down=down))

@@ -1,0 +1,345 @@
+"""The terms of a run: one frozen value, its canonical bytes, its digest and its signatures.
+
+A charter is what every party signs before anything trains (``docs/protocol.md`` section 2). It is written as TOML
+(`charter_draft.py`), travels as RFC 8785 JSON, is named by the SHA-256 of those bytes, and is checked by each organisation
+in twelve numbered steps (`charter_checks.py`). Everything here is public among the participants: constants, no statistic
+of anybody's data.
+
+Left out in this version: masks (`Masks.enabled` is always false), noise shared between organisations, several private steps a
+round. A charter that asks for one of them does not parse.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from foedus_protocols import accounting, codec, identity, rules
+from foedus_protocols.canonical import canonical_bytes, digest, parse_canonical
+from foedus_protocols.errors import VerificationError
+from foedus_protocols.messages import Agreement, Digest, OrgId
+
+SIGNATURE_CONTEXT = "foedus/charter/1"
+MAX_CHARTER_BYTES = 1 << 20
+
+# Total variation distance of one drawn coordinate from the ideal rounded Gaussian: the table holds 128-bit probabilities and
+# at most 2^20 entries, each off by less than 2^-120 (see `foedus_client.noise`). Charged for each coordinate of each step.
+NOISE_TABLE_DELTA_SLACK = 2.0**-100
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+Moment = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=2**31)]
+UnixSeconds = Annotated[int, Field(ge=0, le=2**40)]
+
+
+class Terms(BaseModel):
+    """Base of every part of a charter: frozen, strict, and without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Participant(Terms):
+    """One organisation and the constants that follow from its declared `units_at_most` (`charter_draft.py` prints the rule)."""
+
+    id: OrgId
+    signing_key: PublicKey
+    unit: Annotated[str, Field(min_length=1, max_length=100)]
+    units_at_most: Count
+    sampling_prob: Annotated[FiniteFloat, Field(gt=0, le=1)]
+    expected_units: Positive
+    noise_multiplier: NotNegative
+    weight: Positive
+
+
+class Adapter(Terms):
+    """Which matrices are trained, and the digests that every party computes for itself (`layout.py`)."""
+
+    targets: Literal["attention"]
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Positive
+    seed: Annotated[str, Field(min_length=1, max_length=200)]
+    layout_digest: Digest
+    length: Count
+    initial_digest: Digest
+
+
+class Optimiser(Terms):
+    """The rule that turns the sum into the next adapter (`rules.py`). A field that the rule does not use is ignored by it."""
+
+    name: Literal["adam", "sgd", "adambc"] = "adam"
+    rate: Positive = 0.01
+    beta1: Moment = 0.9
+    beta2: Moment = 0.99
+    epsilon: Positive = 1e-8
+    momentum: Moment = 0.0
+
+
+class Recipe(Terms):
+    """What one organisation computes from its units."""
+
+    max_tokens: Count = 256
+    max_records_per_unit: Count = 4
+    optimiser: Optimiser = Optimiser()
+
+
+class Privacy(Terms):
+    """Mode, clip and length of the run; in mode `local` also the promise (`epsilon`, `delta`) to one privacy unit.
+
+    `target_units` is the constant of the rule for `sampling_prob` and `expected_units`.
+    """
+
+    mode: Literal["local", "none"]
+    adjacency: Literal["add-remove-one"]
+    l2_clip_norm: Positive
+    epsilon: Positive | None = None
+    delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    steps_per_round: Literal[1]
+    target_units: Count
+
+
+class Masks(Terms):
+    """Secure aggregation (absent in this version) and the ring in which vectors are added."""
+
+    enabled: Literal[False]
+    min_survivors: Count
+    ring_bits: Literal[12, 16, 20, 24, 32]
+    update_bound: Positive
+
+
+class Schedule(Terms):
+    """One setting for every deadline, and what happens when too few vectors came."""
+
+    round_seconds: Positive = 3600.0
+    vector_slot_seconds: Literal[0] = 0
+    on_short_round: Literal["wait", "skip", "end"] = "wait"
+
+
+class Evaluation(Terms):
+    """Whether scores of held-out units leave, and how often. `plain` scores carry no noise: epsilon does not cover them."""
+
+    term: Literal["none", "plain"] = "none"
+    every: Count = 1
+    max_records: Count = 100
+
+
+class Release(Terms):
+    """Who may have the variant, in words."""
+
+    recipients: Text = "the participants of this charter"
+
+
+class Charter(Terms):
+    """The signed terms of a run."""
+
+    version: Literal[1]
+    federation: Annotated[str, Field(min_length=1, max_length=200)]
+    roster_digest: Digest
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    purpose: Text
+    domain: Text
+    participants: Annotated[tuple[Participant, ...], Field(min_length=1, max_length=1000)]
+    base: Digest
+    base_name: Annotated[str, Field(min_length=1, max_length=200)]
+    adapter: Adapter
+    recipe: Recipe
+    privacy: Privacy
+    masks: Masks
+    schedule: Schedule
+    evaluation: Evaluation
+    release: Release
+    not_before: UnixSeconds
+    expires: UnixSeconds
+    seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for what in ("id", "signing_key"):
+            values = [getattr(participant, what) for participant in self.participants]
+            if len(set(values)) != len(values):
+                raise ValueError(f"two participants have the same {what}")
+        if self.expires <= self.not_before:
+            raise ValueError("expires must be later than not_before")
+        promised = self.privacy.epsilon is not None and self.privacy.delta is not None
+        silent = self.privacy.epsilon is None and self.privacy.delta is None
+        noises = [participant.noise_multiplier for participant in self.participants]
+        if self.privacy.mode == "local" and not (promised and self.seed is None and min(noises) > 0):
+            raise ValueError("mode local needs epsilon, delta and noise for every participant, and takes no seed")
+        if self.privacy.mode == "none" and not (silent and max(noises) == 0):
+            raise ValueError("mode none has neither epsilon, delta nor noise")
+        return self
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Decode a charter that must be in canonical form.
+
+        Raises:
+            VerificationError: Too long, not canonical, or not of this shape. The text names fields, never values.
+        """
+        if len(data) > MAX_CHARTER_BYTES:
+            raise VerificationError(f"expected a charter of at most {MAX_CHARTER_BYTES} bytes, got {len(data)}")
+        parse_canonical(data)
+        try:
+            charter = cls.model_validate_json(data)
+        except ValidationError as error:
+            found = "; ".join(".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors())
+            raise VerificationError(f"expected a charter of version 1, got: {found}") from None
+        if charter.canonical() != data:
+            raise VerificationError("expected a charter with every field written out, got one that leans on defaults")
+        return charter
+
+    def canonical(self) -> bytes:
+        """The bytes that are signed: RFC 8785 JSON, absent values left out."""
+        return canonical_bytes(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes: the charter's name everywhere."""
+        return digest(self.canonical())
+
+    @property
+    def private(self) -> bool:
+        """Whether the mode promises anything to a privacy unit."""
+        return self.privacy.mode != "none"
+
+    def participant(self, org: str) -> Participant:
+        """The terms of one organisation.
+
+        Raises:
+            VerificationError: The charter does not name it.
+        """
+        for participant in self.participants:
+            if participant.id == org:
+                return participant
+        raise VerificationError(f"expected a participant of charter {self.digest[:12]}, got {org!r}")
+
+    def relative_weight(self, org: str) -> float:
+        """w_i / max w, in (0, 1]: what a vector is multiplied by before it is coded."""
+        return self.participant(org).weight / max(participant.weight for participant in self.participants)
+
+    def coding(self) -> codec.Coding:
+        """The ring of this charter's vectors (``docs/protocol.md`` section 4)."""
+        return codec.Coding(
+            length=self.adapter.length,
+            ring_bits=self.masks.ring_bits,
+            update_bound=self.masks.update_bound,
+            members=len(self.participants),
+        )
+
+    def rule(self) -> rules.Rule:
+        """The server optimiser, as `rules.py` takes it."""
+        return rules.Rule(**self.recipe.optimiser.model_dump())
+
+
+def derived_update_bound(participants: tuple[Participant, ...], length: int) -> float:
+    """`update_bound` as every party computes it from the constants of all participants."""
+    constants = [(one.weight, one.expected_units, one.noise_multiplier) for one in participants]
+    return codec.update_bound(constants, length)
+
+
+# --- Accounting ------------------------------------------------------------------------------------------------------
+
+
+def round_event(charter: Charter, participant: Participant) -> accounting.Event | None:
+    """What one round releases about one unit, as the accountant counts it; None in mode `none`, which promises nothing."""
+    if not charter.private:
+        return None
+    return accounting.Event(
+        noise_multiplier=participant.noise_multiplier,
+        sampling_prob=participant.sampling_prob,
+        steps=charter.privacy.steps_per_round,
+    )
+
+
+def charter_events(charter: Charter, participant: Participant) -> tuple[accounting.Event, ...]:
+    """All events of the charter for one organisation: what is allotted when it signs."""
+    if not charter.private:
+        return ()
+    return (
+        accounting.Event(
+            noise_multiplier=participant.noise_multiplier,
+            sampling_prob=participant.sampling_prob,
+            steps=charter.privacy.steps_per_round * charter.privacy.rounds,
+        ),
+    )
+
+
+def noise_slack(*, length: int, steps: int, epsilon: float) -> float:
+    """The delta that the noise table costs.
+
+    Guarantees:
+        A mechanism within total variation tau of an (epsilon, delta) one is (epsilon, delta + (1 + e^epsilon) tau). Here
+        tau = length x steps x `NOISE_TABLE_DELTA_SLACK`, a union bound over every coordinate ever drawn.
+    """
+    return (1.0 + math.exp(epsilon)) * length * steps * NOISE_TABLE_DELTA_SLACK
+
+
+def less_slack(delta: float, slack: float) -> float:
+    """delta - slack, rounded towards zero, so that a float never gives away what the subtraction took.
+
+    Raises:
+        VerificationError: Nothing is left of delta.
+    """
+    left = math.nextafter(delta - slack, 0.0)
+    if not left > 0.0:
+        raise VerificationError(f"expected delta above the noise table's slack {slack:.3g}, got {delta:.3g}: raise delta")
+    return left
+
+
+def delta_for_accountant(charter: Charter, participant: Participant) -> float:
+    """The delta at which the accountant is asked: the charter's, less what the noise table costs this participant.
+
+    Raises:
+        VerificationError: The charter is of mode `none`, or its delta is smaller than the slack.
+    """
+    if charter.privacy.epsilon is None or charter.privacy.delta is None:
+        raise VerificationError(f"expected a private charter, got {charter.name!r} in mode {charter.privacy.mode}")
+    steps = sum(event.steps for event in charter_events(charter, participant))
+    slack = noise_slack(length=charter.adapter.length, steps=steps, epsilon=charter.privacy.epsilon)
+    return less_slack(charter.privacy.delta, slack)
+
+
+# --- Signatures ------------------------------------------------------------------------------------------------------
+
+
+def sign_charter(key: Ed25519PrivateKey, charter_digest: str) -> str:
+    """A party's signature over a charter's digest."""
+    return identity.sign(key, SIGNATURE_CONTEXT, bytes.fromhex(charter_digest))
+
+
+def verify_charter_signature(public_key: str, charter_digest: str, signature: str) -> None:
+    """Check one signature over a charter's digest.
+
+    Raises:
+        VerificationError: The key did not sign this digest.
+    """
+    identity.verify(public_key, SIGNATURE_CONTEXT, bytes.fromhex(charter_digest), signature)
+
+
+def verify_agreement(charter: Charter, agreement: Agreement, operator_key: str) -> None:
+    """Check that the operator and every named organisation, and nobody else, signed this very charter.
+
+    Raises:
+        VerificationError: Another charter, a missing, superfluous or wrong signature.
+    """
+    if agreement.charter_digest != charter.digest:
+        raise VerificationError(
+            f"expected signatures of charter {charter.digest[:12]}, got those of {agreement.charter_digest[:12]}"
+        )
+    verify_charter_signature(operator_key, charter.digest, agreement.operator_signature)
+    named = {participant.id: participant.signing_key for participant in charter.participants}
+    if missing := sorted(named.keys() - agreement.signatures.keys()):
+        raise VerificationError(f"expected the signature of every participant, got none of {', '.join(missing)}")
+    if strangers := sorted(agreement.signatures.keys() - named.keys()):
+        raise VerificationError(f"expected signatures of participants only, got one of {', '.join(strangers)}")
+    for org, public_key in named.items():
+        try:
+            verify_charter_signature(public_key, charter.digest, agreement.signatures[org])
+        except VerificationError as error:
+            raise VerificationError(f"expected {org}'s signature of charter {charter.digest[:12]}: {error}") from None

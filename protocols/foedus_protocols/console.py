@@ -1,0 +1,39 @@
+"""How every command speaks: results on standard output, progress and logs on standard error.
+
+With ``--format json`` a command prints one object as the last line of standard output, and nothing else there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+
+class Format(StrEnum):
+    """The shape of a command's result."""
+
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="text for people, json for programs (one object, last line).")
+]
+
+progress_console = Console(stderr=True)
+"""Progress, questions and logs."""
+
+
+def emit(result: Mapping[str, Any], output: Format, render: Callable[[Console], None]) -> None:
+    """Print a result: as JSON, or with `render` for people."""
+    if output is Format.json:
+        sys.stdout.write(json.dumps(result, ensure_ascii=False, sort_keys=False) + "\n")
+        sys.stdout.flush()
+        return
+    render(Console())
