@@ -4,10 +4,10 @@ The mechanism adds `round(eta)`, eta ~ N(0, stddev^2), to a sum of integers. Sin
 equals round(S + eta): post-processing of the Gaussian mechanism, whose accounting therefore holds. A draw inverts the
 cumulative table of |round(eta)|, held at 128 bits, with one uniform number, and takes a fair sign.
 
-The table is exact in the sense that matters: each entry is the true probability rounded to 128 bits. Every 32nd point is
-computed by mpmath; those between follow from the Taylor series around it, evaluated in Python integers of 256 fractional
-bits (the derivatives of erf obey a two-term recurrence). 14,336 entries take a quarter of a second, and are then kept on
-disk. What is left out: constant time. A draw's memory access depends on the noise, as in any table lookup.
+Each entry of the table is the true probability rounded to 128 bits. Every 32nd point is computed by mpmath; those
+between follow from the Taylor series around it, evaluated in Python integers of 256 fractional bits (the derivatives of
+erf obey a two-term recurrence). 14,336 entries take 0.3 s and 240,000 take 4 s, once, and are kept on disk. What is
+left out: constant time. A draw's memory access depends on the noise, as in any table lookup.
 
 Heavier alternatives: the discrete Gaussian by rejection (Canonne, Kamath, Steinke 2020), which closes under no sum and
 takes a random time; floating-point Box-Muller, whose 53 bits have a union bound above delta in high dimension.
@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mpmath.ctx_mp import MPContext
-from numpy.typing import NDArray
-
 from foedus_protocols.canonical import digest, digest_json
 from foedus_protocols.errors import ConfigError
+from mpmath.ctx_mp import MPContext
+from numpy.typing import NDArray
 
 RandomBytes = Callable[[int], bytes]
 
@@ -67,8 +66,8 @@ class RoundedGaussian:
     def distance(self) -> float:
         """Total variation distance of one draw from the ideal rounded Gaussian, at most.
 
-        Each of the entries is off by at most 2^-128 / 2 and enters two probabilities; the distance is half of their sum.
-        The tail beyond the table is added. (The true figure is about half of this.)
+        Each entry is off by at most 2^-128 and enters two probabilities; the distance is half of their sum. The tail
+        beyond the table is added.
         """
         return len(self.high) * 2.0**-_TABLE_BITS + _TAIL_MASS
 
@@ -144,8 +143,8 @@ def _entries(stddev: float) -> int:
     entries = math.ceil(_TAIL_STDDEVS * stddev / _GROUP) * _GROUP
     if entries > _MOST_ENTRIES:
         raise ConfigError(
-            f"expected a noise table of at most {_MOST_ENTRIES} entries, got {entries} for a stddev of {stddev:.0f} grid "
-            "units: lower the noise multiplier, or train fewer parameters"
+            f"expected a noise table of at most {_MOST_ENTRIES} entries, got {entries} for a stddev of {stddev:.0f} "
+            "grid units: lower the noise multiplier, or train fewer parameters"
         )
     return entries
 
@@ -162,7 +161,7 @@ def _build(stddev: float, entries: int) -> NDArray[np.uint64]:
     shift = _FRACTION_BITS - _TABLE_BITS
     reached = 0
     for index, value in enumerate(_erf_at_half_points(stddev, entries)):
-        # The bound `top` and the running maximum each move an entry by less than its own rounding.
+        # The bound `top` and the running maximum each move an entry by at most one unit.
         reached = max(reached, min((value + (1 << (shift - 1))) >> shift, top))
         words[0, index] = reached >> 64
         words[1, index] = reached & 0xFFFFFFFFFFFFFFFF

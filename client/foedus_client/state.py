@@ -1,6 +1,7 @@
 """What an organisation's daemon remembers between two instants: one SQLite file, durable before it is acted upon.
 
-Four things live here, and the privacy ledger does not (`ledger.py` has a file of its own, since it outlives coordinators):
+Four things live here, and the privacy ledger does not (`ledger.py` has a file of its own, since it outlives
+coordinators):
 
 * **mail**: the answer to every message, so that a message that comes twice is answered with the same bytes;
 * **charters**: what was offered, what a person or the policy decided, what was signed, how it ended;
@@ -33,7 +34,7 @@ Receipt = dict[str, object]
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS mail (
-    message TEXT PRIMARY KEY, sequence INTEGER NOT NULL, answer BLOB NOT NULL, delivered INTEGER NOT NULL);
+    message TEXT PRIMARY KEY, sequence INTEGER NOT NULL UNIQUE, answer BLOB NOT NULL, delivered INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS charters (
     digest TEXT PRIMARY KEY, run TEXT NOT NULL, name TEXT NOT NULL, purpose TEXT NOT NULL,
     operator_signature TEXT NOT NULL, state TEXT NOT NULL, refused_step INTEGER, reason TEXT NOT NULL,
@@ -41,8 +42,10 @@ CREATE TABLE IF NOT EXISTS charters (
 CREATE TABLE IF NOT EXISTS history (
     charter TEXT NOT NULL, position INTEGER NOT NULL, entry TEXT NOT NULL, PRIMARY KEY (charter, position));
 CREATE TABLE IF NOT EXISTS rounds (
-    charter TEXT NOT NULL, round INTEGER NOT NULL, words TEXT, words_bytes INTEGER, scores TEXT, scored INTEGER NOT NULL,
-    receipt TEXT, PRIMARY KEY (charter, round));
+    charter TEXT NOT NULL, round INTEGER NOT NULL, words TEXT NOT NULL, words_bytes INTEGER NOT NULL, receipt TEXT,
+    PRIMARY KEY (charter, round));
+CREATE TABLE IF NOT EXISTS scores (
+    charter TEXT NOT NULL, after INTEGER NOT NULL, scores TEXT, PRIMARY KEY (charter, after));
 CREATE TABLE IF NOT EXISTS departures (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, charter TEXT, round INTEGER, digest TEXT,
     bytes INTEGER NOT NULL, rule TEXT NOT NULL);
@@ -79,14 +82,12 @@ class CharterRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What was made and sent in one round. `scored` tells "no score" from "not scored yet"."""
+    """The coded words of one round, and the coordinator's receipt for them once there is one."""
 
     charter: str
     round: int
-    words: str | None
-    words_bytes: int | None
-    scored: bool
-    scores: Scores | None
+    words: str
+    words_bytes: int
     receipt: Receipt | None
 
 
@@ -205,23 +206,18 @@ class ClientState:
         row = self._db.execute("SELECT answer FROM mail WHERE message = ?", (message,)).fetchone()
         return None if row is None else bytes(row["answer"])
 
-    def check_fresh(self, message: str, sequence: int) -> None:
-        """Refuse a message that is older than one already answered, and is not that one.
+    def save_answer(self, message: str, sequence: int, answer: bytes) -> bytes:
+        """Store an answer before it leaves. The first one stands, and is returned.
 
         Raises:
-            VerificationError: The sequence number went back: a replay.
+            VerificationError: Another message with this number was answered: numbers are used once.
         """
-        row = self._db.execute("SELECT MAX(sequence) AS top FROM mail").fetchone()
-        top = row["top"]
-        if top is not None and sequence <= int(top) and self.answer_to(message) is None:
-            raise VerificationError(
-                f"expected a message numbered above {top}, got {sequence}: an old instruction was sent again"
-            )
-
-    def save_answer(self, message: str, sequence: int, answer: bytes) -> None:
-        """Store an answer before it leaves. The first one stands."""
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO mail VALUES (?, ?, ?, 0)", (message, sequence, answer))
+        stored = self.answer_to(message)
+        if stored is None:
+            raise VerificationError(f"expected a message with a number of its own, got a second one with {sequence}")
+        return stored
 
     def mark_delivered(self, message: str) -> None:
         """Note that the coordinator has an answer."""
@@ -261,6 +257,10 @@ class ClientState:
                 "see `foedus client charter list`"
             )
         return _charter(rows[0])
+
+    def knows(self, digest: str) -> bool:
+        """Whether this charter was ever offered here."""
+        return self._db.execute("SELECT 1 FROM charters WHERE digest = ?", (digest,)).fetchone() is not None
 
     def charters(self) -> list[CharterRecord]:
         """Every charter, oldest first."""
@@ -347,24 +347,23 @@ class ClientState:
             StateError: The round has other words already.
         """
         with self._write() as db:
-            self._open_round(db, charter, number)
-            db.execute(
-                "UPDATE rounds SET words = ?, words_bytes = ? WHERE charter = ? AND round = ? AND words IS NULL",
-                (digest, size, charter, number),
-            )
+            db.execute("INSERT OR IGNORE INTO rounds VALUES (?, ?, ?, ?, NULL)", (charter, number, digest, size))
         record = self.round(charter, number)
         if record is None or record.words != digest:
             raise StateError(f"expected one set of words in round {number}, got a second one")
 
-    def save_scores(self, charter: str, number: int, scores: Scores | None) -> None:
-        """Keep a round's held-out scores, so that a repeated answer says the same."""
+    def scores(self, charter: str, after: int) -> tuple[bool, Scores | None]:
+        """Whether the adapter after so many closed rounds was scored, and the scores (None: nothing is held out)."""
+        row = self._db.execute("SELECT scores FROM scores WHERE charter = ? AND after = ?", (charter, after)).fetchone()
+        if row is None or row["scores"] is None:
+            return row is not None, None
+        return True, Scores.model_validate(json.loads(row["scores"]))
+
+    def save_scores(self, charter: str, after: int, scores: Scores | None) -> None:
+        """Keep an adapter's held-out scores, so that a repeated answer says the same."""
         text = None if scores is None else scores.encode().decode()
         with self._write() as db:
-            self._open_round(db, charter, number)
-            db.execute(
-                "UPDATE rounds SET scores = ?, scored = 1 WHERE charter = ? AND round = ? AND scored = 0",
-                (text, charter, number),
-            )
+            db.execute("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", (charter, after, text))
 
     def save_receipt(self, charter: str, number: int, receipt: Receipt) -> None:
         """Keep the coordinator's receipt for a round's words."""
@@ -378,10 +377,6 @@ class ClientState:
         """Every round of a charter that left a trace here."""
         rows = self._db.execute("SELECT * FROM rounds WHERE charter = ? ORDER BY round", (charter,)).fetchall()
         return [_round(row) for row in rows]
-
-    @staticmethod
-    def _open_round(db: sqlite3.Connection, charter: str, number: int) -> None:
-        db.execute("INSERT OR IGNORE INTO rounds VALUES (?, ?, NULL, NULL, NULL, 0, NULL)", (charter, number))
 
     # Departures.
 
@@ -416,14 +411,5 @@ def _charter(row: sqlite3.Row) -> CharterRecord:
 
 
 def _round(row: sqlite3.Row) -> RoundRecord:
-    scores = row["scores"]
     receipt = row["receipt"]
-    return RoundRecord(
-        charter=row["charter"],
-        round=row["round"],
-        words=row["words"],
-        words_bytes=row["words_bytes"],
-        scored=bool(row["scored"]),
-        scores=None if scores is None else Scores.model_validate(json.loads(scores)),
-        receipt=None if receipt is None else json.loads(receipt),
-    )
+    return RoundRecord(**{**dict(row), "receipt": None if receipt is None else json.loads(receipt)})

@@ -2,7 +2,8 @@
 
 SQLite in WAL mode with ``synchronous=FULL``; any other SQLAlchemy URL works through the same calls. A write is one
 transaction that takes the lock at its start (``BEGIN IMMEDIATE``), so that "is the round still open? then this vector
-is in it" is decided once. What is sent and who is a member live next door (`mailbox.py`, `members.py`).
+is in it" is decided once. What is sent and who is a member live next door (`mailbox.py`, `members.py`), and so does
+what the card is made of (`figures.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event, func, inspect, select, text
+from foedus_protocols.errors import StateError
+from sqlalchemy import Connection, Engine, Row, create_engine, event, inspect, select, text
 from sqlalchemy.engine import make_url
 
-from foedus_coordinator.tables import (
-    participants,
-    published,
-    rounds,
-    runs,
-    scores,
-    timings,
-    traffic,
-    vectors,
-)
-from foedus_protocols.errors import StateError
-from foedus_protocols.messages import Scores
+from foedus_coordinator.figures import count_bytes, publish
+from foedus_coordinator.tables import participants, rounds, runs, vectors
 
 SCHEMA_VERSION = "0001"
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -83,7 +75,7 @@ class VectorRow:
     round: int
     org: str
     digest: str
-    bytes: int
+    size: int
     verdict: Verdict
     receipt: bytes
     erased: int
@@ -101,7 +93,7 @@ class Storage:
         """Give the connections back."""
         self.engine.dispose()
 
-    # -- transactions and waiting -------------------------------------------------------------------------------------
+    # Transactions and waiting
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -128,7 +120,7 @@ class Storage:
         with self._changed:
             self._changed.wait_for(lambda: self._generation != since, timeout=max(0.0, seconds))
 
-    # -- runs -----------------------------------------------------------------------------------------------------------
+    # Runs
 
     def add_run(
         self,
@@ -160,7 +152,7 @@ class Storage:
             )
             connection.execute(participants.insert(), [{"run": run, "org": org} for org in orgs])
             for digest in files:
-                _publish(connection, digest, run)
+                publish(connection, digest, run)
 
     def run(self, run: str) -> RunRow:
         """One run.
@@ -199,7 +191,7 @@ class Storage:
             rows = connection.execute(select(participants).where(participants.c.run == run))
             return {row.org: (row.signature, row.refused_step) for row in rows}
 
-    # -- rounds ---------------------------------------------------------------------------------------------------------
+    # Rounds
 
     def add_round(self, run: str, number: int, *, deadline: float, start_digest: str, history_digest: str) -> None:
         """Open a round, or do nothing where it is open already."""
@@ -241,27 +233,36 @@ class Storage:
         with self.write() as connection:
             connection.execute(rounds.update().where(rounds.c.run == run, rounds.c.number == number).values(**values))
 
-    def freeze(self, run: str, number: int, *, at_least: int) -> tuple[str, ...] | None:
+    def freeze(self, run: str, number: int, *, at_least: int, short: str | None) -> bool:
         """Fix whose vectors are in the round, once: later ones are late.
 
+        Args:
+            run: The run.
+            number: The round.
+            at_least: How many vectors the charter asks for.
+            short: Where fewer came, fail the round for this reason; None leaves it open.
+
         Returns:
-            The survivors in ascending order, or None, changing nothing, where there are fewer than `at_least`.
+            Whether the round is past collecting, frozen or failed.
         """
+        at = (rounds.c.run == run, rounds.c.number == number)
         with self.write() as connection:
-            at = (rounds.c.run == run, rounds.c.number == number)
-            row = connection.execute(select(rounds.c.state, rounds.c.survivors).where(*at)).one()
-            if row.state != "offered":
-                return tuple(json.loads(row.survivors or "[]"))
+            if connection.execute(select(rounds.c.state).where(*at)).scalar_one() != "offered":
+                return True
             included = select(vectors.c.org).where(
                 vectors.c.run == run, vectors.c.round == number, vectors.c.verdict == "included"
             )
             survivors = sorted(connection.execute(included).scalars())
-            if len(survivors) < at_least:
-                return None
-            connection.execute(rounds.update().where(*at).values(state="frozen", survivors=json.dumps(survivors)))
-        return tuple(survivors)
+            if len(survivors) >= at_least:
+                values = {"state": "frozen", "survivors": json.dumps(survivors)}
+            elif short is not None:
+                values = {"state": "failed", "reason": short}
+            else:
+                return False
+            connection.execute(rounds.update().where(*at).values(**values))
+        return True
 
-    # -- vectors --------------------------------------------------------------------------------------------------------
+    # Vectors
 
     def accept_vector(
         self, *, run: str, number: int, org: str, digest: str, size: int, receipt: Callable[[Verdict], bytes]
@@ -283,6 +284,8 @@ class Storage:
                         f"expected the vector {known.digest[:16]} that {org} sent before in round {number}, "
                         f"got {digest[:16]}: one round has one vector, whatever the attempt"
                     )
+                # Its file may have come a second time after it was erased; whoever asked erases it again.
+                connection.execute(vectors.update().where(*at).values(erased=0))
                 return bytes(known.receipt)
             state = connection.execute(
                 select(rounds.c.state).where(rounds.c.run == run, rounds.c.number == number)
@@ -295,13 +298,13 @@ class Storage:
                     round=number,
                     org=org,
                     digest=digest,
-                    bytes=size,
+                    size=size,
                     verdict=verdict,
                     receipt=signed,
                     erased=0,
                 )
             )
-            _count(connection, run, org, up=size)
+            count_bytes(connection, run, org, up=size)
         return signed
 
     def vectors(self, run: str, number: int) -> list[VectorRow]:
@@ -320,66 +323,6 @@ class Storage:
                 others = select(vectors.c.org).where(vectors.c.digest == digest, vectors.c.erased == 0)
                 if connection.execute(others).first() is None:
                     delete(digest)
-
-    # -- files, scores, timings, traffic --------------------------------------------------------------------------------
-
-    def publish(self, digest: str, run: str = "") -> None:
-        """Let the participants of a run, or without one every member, pull a file."""
-        with self.write() as connection:
-            _publish(connection, digest, run)
-
-    def may_pull(self, digest: str, org: str) -> str | None:
-        """The run for which an organisation may pull a file ("" for every member's), or None where it may not."""
-        mine = select(participants.c.run).where(participants.c.org == org)
-        allowed = select(published.c.run).where(
-            published.c.digest == digest, (published.c.run == "") | published.c.run.in_(mine)
-        )
-        with self.read() as connection:
-            return connection.execute(allowed).scalars().first()
-
-    def add_scores(self, run: str, after: int, org: str, value: Scores) -> None:
-        """Keep what an organisation reported about the adapter after `after` closed rounds; the first report stands."""
-        with self.write() as connection:
-            at = (scores.c.run == run, scores.c.after == after, scores.c.org == org)
-            if connection.execute(select(scores.c.org).where(*at)).first() is None:
-                connection.execute(scores.insert().values(run=run, after=after, org=org, **value.model_dump()))
-
-    def scores(self, run: str) -> dict[int, dict[str, Scores]]:
-        """Scores by closed rounds and organisation."""
-        out: dict[int, dict[str, Scores]] = {}
-        with self.read() as connection:
-            for row in connection.execute(select(scores).where(scores.c.run == run).order_by(scores.c.after)):
-                value = Scores(loss_sum=row.loss_sum, tokens=row.tokens, units=row.units)
-                out.setdefault(row.after, {})[row.org] = value
-        return out
-
-    def add_seconds(self, run: str, number: int, phase: str, seconds: float) -> None:
-        """Add to what a phase of a round took; a resumed phase adds up."""
-        at = (timings.c.run == run, timings.c.round == number, timings.c.phase == phase)
-        with self.write() as connection:
-            done = connection.execute(timings.update().where(*at).values(seconds=timings.c.seconds + seconds))
-            if done.rowcount == 0:
-                connection.execute(timings.insert().values(run=run, round=number, phase=phase, seconds=seconds))
-
-    def seconds(self, run: str) -> dict[int, dict[str, float]]:
-        """Seconds by round and phase."""
-        out: dict[int, dict[str, float]] = {}
-        with self.read() as connection:
-            for row in connection.execute(select(timings).where(timings.c.run == run).order_by(timings.c.round)):
-                out.setdefault(row.round, {})[row.phase] = row.seconds
-        return out
-
-    def count_bytes(self, run: str, org: str, *, up: int = 0, down: int = 0) -> None:
-        """Add to a run's traffic with one organisation."""
-        with self.write() as connection:
-            _count(connection, run, org, up=up, down=down)
-
-    def traffic(self, run: str) -> tuple[int, int]:
-        """Bytes up and down of a run, all organisations together."""
-        total = select(func.sum(traffic.c.bytes_up), func.sum(traffic.c.bytes_down)).where(traffic.c.run == run)
-        with self.read() as connection:
-            up, down = connection.execute(total).one()
-        return int(up or 0), int(down or 0)
 
 
 def open_storage(url: str) -> Storage:
@@ -442,16 +385,3 @@ def _round(row: Row[Any]) -> RoundRow:
     values = dict(row._mapping)
     values["survivors"] = tuple(json.loads(values["survivors"] or "[]"))
     return RoundRow(**values)
-
-
-def _publish(connection: Connection, digest: str, run: str) -> None:
-    at = (published.c.digest == digest, published.c.run == run)
-    if connection.execute(select(published.c.digest).where(*at)).first() is None:
-        connection.execute(published.insert().values(digest=digest, run=run))
-
-
-def _count(connection: Connection, run: str, org: str, *, up: int = 0, down: int = 0) -> None:
-    at = (traffic.c.run == run, traffic.c.org == org)
-    more = {"bytes_up": traffic.c.bytes_up + up, "bytes_down": traffic.c.bytes_down + down}
-    if connection.execute(traffic.update().where(*at).values(**more)).rowcount == 0:
-        connection.execute(traffic.insert().values(run=run, org=org, bytes_up=up, bytes_down=down))

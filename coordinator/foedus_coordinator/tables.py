@@ -1,4 +1,4 @@
-"""The coordinator's tables (SQLAlchemy Core). The migrations under `migrations/` build exactly these; a test compares them.
+"""The coordinator's tables (SQLAlchemy Core). The migrations build exactly these; a test compares the two.
 
 Large things are files named by digest; the database holds who said what, and how far each run is. Digests and ids are
 text, times are Unix seconds, bodies are the canonical bytes that were signed.
@@ -122,7 +122,7 @@ vectors = Table(
     Column("round", Integer, primary_key=True, autoincrement=False),
     Column("org", String(63), primary_key=True),
     Column("digest", String(64), nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("size", Integer, nullable=False),
     Column("verdict", String(16), nullable=False),
     Column("receipt", LargeBinary, nullable=False),
     Column("erased", Integer, nullable=False),

@@ -142,6 +142,7 @@ class DemoText:
     """What `write_demo_text` wrote: one file an organisation, and the canaries that it planted there."""
 
     files: dict[str, Path]
+    units: dict[str, int]
     unit: str
     canaries: dict[str, tuple[str, ...]]
 
@@ -159,6 +160,7 @@ def write_demo_text(folder: Path, *, domain: str, seed: int, units: int = 600) -
     folder.mkdir(parents=True, exist_ok=True)
     world = _draw_world(words, random.Random(f"{domain}/{seed}/world"))
     files: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
     canaries: dict[str, tuple[str, ...]] = {}
     for index, name in enumerate(words.organisations):
         rng = random.Random(f"{domain}/{seed}/{name}")
@@ -169,8 +171,9 @@ def write_demo_text(folder: Path, *, domain: str, seed: int, units: int = 600) -
             for record in _write_units(words, world, index, count, rng, planted):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         files[name] = path
+        sizes[name] = count
         canaries[name] = tuple(planted)
-    return DemoText(files=files, unit=words.unit, canaries=canaries)
+    return DemoText(files=files, units=sizes, unit=words.unit, canaries=canaries)
 
 
 def _draw_world(words: Domain, rng: random.Random, size: int = 24) -> list[Subject]:

@@ -6,8 +6,9 @@ Layout of a matrix with ``N`` outputs and ``K`` inputs, row-major over outputs::
     scales  uint8 [..., N, K/32]       e8m0: the group's 32 values are multiplied by 2^(scale - 127)
 
 (OCP Microscaling Formats specification 1.0.) Decoding is exact in bfloat16 and float32 and is not in float16, which is
-therefore refused. This is the torch reference, and the path of a CPU: a table from two bytes to four values, one gather,
-one product. It runs on CUDA as well; a Triton kernel that never writes the decoded values is the heavier alternative.
+therefore refused. This is the torch reference, and the path of a CPU: a table from two bytes to four values, one
+gather, one product. It runs on CUDA as well; a Triton kernel that never writes the decoded values is the heavier
+alternative.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _round_groups(groups: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Ten
     step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
     rounded = torch.round(magnitude / step) * step
     levels = torch.tensor(E2M1[:8], device=groups.device)
-    codes = torch.searchsorted(levels, rounded).to(torch.uint8)
+    codes = torch.searchsorted(levels, rounded.contiguous()).to(torch.uint8)
     codes |= torch.signbit(groups).to(torch.uint8) << 3
     error = (rounded - scaled.abs()).mul_(unit).square_().sum(-1)
     return codes, error

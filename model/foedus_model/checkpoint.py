@@ -1,8 +1,8 @@
 """Checkpoints in the released layout: open one without reading it into memory, write one that other tools read.
 
 The files are memory-mapped safetensors; a tensor that nobody touches costs nothing. What a folder must contain, and
-that it is unchanged, says its manifest (`foedus_protocols.manifest`); what the tensors must look like, the model they are
-loaded into (`build.py`).
+that it is unchanged, says its manifest (`foedus_protocols.manifest`); what the tensors must look like, the model they
+are loaded into (`build.py`).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _write_shards(path: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: 
     if len(shards) == 1:
         save_file(shards[0], path / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, path / file_name, metadata={"format": "pt"})

@@ -8,9 +8,13 @@ everything that makes gpt-oss what it is (sliding and full layers, sinks, routed
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from foedus_protocols.errors import ConfigError
+
+TINY = Path(__file__).parent / "tiny"
+"""The base that the package ships, of the shape `tiny`."""
 
 QUANTISATION: dict[str, Any] = {
     "quant_method": "mxfp4",

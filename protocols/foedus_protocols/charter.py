@@ -1,12 +1,12 @@
 """The terms of a run: one frozen value, its canonical bytes, its digest and its signatures.
 
 A charter is what every party signs before anything trains (``docs/protocol.md`` section 2). It is written as TOML
-(`charter_draft.py`), travels as RFC 8785 JSON, is named by the SHA-256 of those bytes, and is checked by each organisation
-in twelve numbered steps (`charter_checks.py`). Everything here is public among the participants: constants, no statistic
-of anybody's data.
+(`charter_draft.py`), travels as RFC 8785 JSON, is named by the SHA-256 of those bytes, and is checked by each
+organisation in twelve numbered steps (`charter_checks.py`). Everything here is public among the participants:
+constants, no statistic of anybody's data.
 
-Left out in this version: masks (`Masks.enabled` is always false), noise shared between organisations, several private steps a
-round. A charter that asks for one of them does not parse.
+Left out in this version: masks (`Masks.enabled` is always false), noise shared between organisations, several private
+steps a round. A charter that asks for one of them does not parse.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from foedus_protocols.messages import Agreement, Digest, OrgId
 SIGNATURE_CONTEXT = "foedus/charter/1"
 MAX_CHARTER_BYTES = 1 << 20
 
-# Total variation distance of one drawn coordinate from the ideal rounded Gaussian: the table holds 128-bit probabilities and
-# at most 2^20 entries, each off by less than 2^-120 (see `foedus_client.noise`). Charged for each coordinate of each step.
+# Total variation distance of one drawn coordinate from the ideal rounded Gaussian, at most. The table of
+# `foedus_client.noise` has at most 2^24 entries, each off by at most 2^-128, and leaves out a tail of 2^-140: below
+# 2^-103. 2^-100 is charged.
 NOISE_TABLE_DELTA_SLACK = 2.0**-100
 
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -45,7 +46,7 @@ class Terms(BaseModel):
 
 
 class Participant(Terms):
-    """One organisation and the constants that follow from its declared `units_at_most` (`charter_draft.py` prints the rule)."""
+    """One organisation, and the constants that follow from its declared `units_at_most` (`charter_draft.py`)."""
 
     id: OrgId
     signing_key: PublicKey
@@ -70,7 +71,7 @@ class Adapter(Terms):
 
 
 class Optimiser(Terms):
-    """The rule that turns the sum into the next adapter (`rules.py`). A field that the rule does not use is ignored by it."""
+    """What turns the sum into the next adapter (`rules.py`). A rule ignores the fields that it does not use."""
 
     name: Literal["adam", "sgd", "adambc"] = "adam"
     rate: Positive = 0.01
@@ -97,7 +98,7 @@ class Privacy(Terms):
     mode: Literal["local", "none"]
     adjacency: Literal["add-remove-one"]
     l2_clip_norm: Positive
-    epsilon: Positive | None = None
+    epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)] | None = None
     delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     steps_per_round: Literal[1]
@@ -122,7 +123,7 @@ class Schedule(Terms):
 
 
 class Evaluation(Terms):
-    """Whether scores of held-out units leave, and how often. `plain` scores carry no noise: epsilon does not cover them."""
+    """Whether held-out scores leave, and how often. `plain` ones carry no noise: epsilon does not cover them."""
 
     term: Literal["none", "plain"] = "none"
     every: Count = 1
@@ -233,21 +234,28 @@ class Charter(Terms):
         )
 
     def rule(self) -> rules.Rule:
-        """The server optimiser, as `rules.py` takes it."""
-        return rules.Rule(**self.recipe.optimiser.model_dump())
+        """The server optimiser, as `rules.py` takes it; AdamBC also gets the variance of the noise in its input."""
+        optimiser = self.recipe.optimiser
+        known = rules.noise_variance(_constants(self.participants)) if optimiser.name == "adambc" else 0.0
+        return rules.Rule(**optimiser.model_dump(), noise_variance=known)
 
 
 def derived_update_bound(participants: tuple[Participant, ...], length: int) -> float:
     """`update_bound` as every party computes it from the constants of all participants."""
-    constants = [(one.weight, one.expected_units, one.noise_multiplier) for one in participants]
-    return codec.update_bound(constants, length)
+    return codec.update_bound(_constants(participants), length)
 
 
-# --- Accounting ------------------------------------------------------------------------------------------------------
+def _constants(participants: tuple[Participant, ...]) -> list[tuple[float, float, float]]:
+    """(weight, expected_units, noise_multiplier) of each."""
+    return [(one.weight, one.expected_units, one.noise_multiplier) for one in participants]
+
+
+# --- Accounting
+# ------------------------------------------------------------------------------------------------------
 
 
 def round_event(charter: Charter, participant: Participant) -> accounting.Event | None:
-    """What one round releases about one unit, as the accountant counts it; None in mode `none`, which promises nothing."""
+    """What one round releases about one unit, as the accountant counts it; None in mode `none`."""
     if not charter.private:
         return None
     return accounting.Event(
@@ -274,8 +282,8 @@ def noise_slack(*, length: int, steps: int, epsilon: float) -> float:
     """The delta that the noise table costs.
 
     Guarantees:
-        A mechanism within total variation tau of an (epsilon, delta) one is (epsilon, delta + (1 + e^epsilon) tau). Here
-        tau = length x steps x `NOISE_TABLE_DELTA_SLACK`, a union bound over every coordinate ever drawn.
+        A mechanism within total variation tau of an (epsilon, delta) one is (epsilon, delta + (1 + e^epsilon) tau).
+        Here tau = length x steps x `NOISE_TABLE_DELTA_SLACK`, a union bound over every coordinate ever drawn.
     """
     return (1.0 + math.exp(epsilon)) * length * steps * NOISE_TABLE_DELTA_SLACK
 
@@ -288,7 +296,9 @@ def less_slack(delta: float, slack: float) -> float:
     """
     left = math.nextafter(delta - slack, 0.0)
     if not left > 0.0:
-        raise VerificationError(f"expected delta above the noise table's slack {slack:.3g}, got {delta:.3g}: raise delta")
+        raise VerificationError(
+            f"expected delta above the noise table's slack {slack:.3g}, got {delta:.3g}: raise delta"
+        )
     return left
 
 
@@ -305,7 +315,8 @@ def delta_for_accountant(charter: Charter, participant: Participant) -> float:
     return less_slack(charter.privacy.delta, slack)
 
 
-# --- Signatures ------------------------------------------------------------------------------------------------------
+# --- Signatures
+# ------------------------------------------------------------------------------------------------------
 
 
 def sign_charter(key: Ed25519PrivateKey, charter_digest: str) -> str:

@@ -111,7 +111,7 @@ class Manifest:
         try:
             manifest = cls(
                 files={name: _file_entry(name, entry) for name, entry in value["files"].items()},
-                quantisation=value["quantisation"],
+                quantisation=str(value["quantisation"]),
                 provenance=dict(value["provenance"]),
             )
             again = manifest.encode()

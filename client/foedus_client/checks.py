@@ -1,0 +1,265 @@
+"""The checks that run before round 1 of every private run, on the real model and on synthetic records of its shapes.
+
+A mechanism that is right on paper is wrong in a program when a loss couples the units of a batch, a seed repeats the
+noise, a dtype coarsens it, or a parameter trains beside the vector. Each check here has a program that it caught. None
+reads a real record, so a visible failure tells nothing about the data.
+
+Ideas: the sensitivity test and the noise test of google-deepmind/jax_privacy; `docs/privacy.md`, "Checks that run for
+real". Audits with canaries are left out: they run on demand, in hours.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from foedus_protocols.errors import PrivacyCheckFailed
+from numpy.typing import NDArray
+
+from foedus_client.noise import RandomBytes, RoundedGaussian
+from foedus_client.privacy import BoundedSum, StepTerms, grid, squared_limit
+from foedus_client.training import (
+    Adapter,
+    Unit,
+    clipped_sum,
+    coverage_check,
+    private_vector,
+    unit_gradient,
+    vector_length,
+)
+
+U = TypeVar("U")
+
+MOST_DEVIATIONS = 6.0
+"""How far a statistic may lie from its expectation; a normal one is further off once in 5 x 10^8."""
+
+_NOISE_COORDINATES = 1 << 16  # Six deviations of the sample variance are then 3.3 %.
+_COUPLING = 1e-3  # Of the clip: what removing a unit may change beyond that unit's own gradient (rounding on a GPU).
+_ACCOUNTANTS_AGREE = 0.05
+_DROPPED_UNITS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticRecord:
+    """Random tokens; the second half are answers."""
+
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticUnit:
+    """A unit of synthetic records."""
+
+    records: list[SyntheticRecord]
+
+
+def preflight(
+    adapter: Adapter, *, terms: StepTerms, noise: RoundedGaussian, max_tokens: int, rng: RandomBytes = os.urandom
+) -> dict[str, float]:
+    """All checks of a private run's model, terms and noise, on synthetic records of the run's shapes.
+
+    The sensitivity is checked at the charter's clip, and again at a clip above every synthetic gradient, where a loss
+    that couples units cannot hide behind the clipping.
+
+    Returns:
+        Figures for the organisation's own log: the largest move over the clip, the noise's stddev over the stated one.
+
+    Raises:
+        PrivacyCheckFailed: With what failed and by how much. Nothing was released.
+    """
+    coverage_check(adapter)
+    units = synthetic_units(
+        vocabulary=int(adapter.model.config.vocab_size),
+        max_tokens=max_tokens,
+        max_records=terms.max_records_per_unit,
+        rng=rng,
+    )
+    longest = max(float(np.linalg.norm(gradient_check(adapter, unit))) for unit in units)
+    wide = replace(terms, l2_clip_norm=2.0 * longest, noise_multiplier=0.0)
+    figures = {
+        "move_over_clip": _largest_move(adapter, units, terms, rng),
+        "move_over_wide_clip": _largest_move(adapter, units, wide, rng),
+    }
+    unit_worth = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter)) / (
+        terms.l2_clip_norm * terms.expected_units
+    )
+    figures["noise_over_stated"] = noise_check(
+        lambda: private_vector(adapter, [], terms=terms, rng=os.urandom, noise=noise).vector,
+        stddev=terms.noise_multiplier / terms.expected_units,
+        resolution=unit_worth,
+    )
+    return figures
+
+
+def _largest_move(adapter: Adapter, units: Sequence[Unit], terms: StepTerms, rng: RandomBytes) -> float:
+    """`sensitivity_check` of the production sum, on the grid of these terms."""
+    step = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter))
+
+    def sum_of(some: Sequence[Unit]) -> BoundedSum:
+        return clipped_sum(adapter, some, terms=terms, step=step, rng=rng)[0]
+
+    return sensitivity_check(sum_of, units, l2_clip_norm=terms.l2_clip_norm)
+
+
+def synthetic_units(*, vocabulary: int, max_tokens: int, max_records: int, rng: RandomBytes) -> list[SyntheticUnit]:
+    """Four units of unlike size, from as large as a unit may be down to a record of eight tokens."""
+    half, quarter = max(8, max_tokens // 2), max(8, max_tokens // 4)
+    shapes = [[max_tokens] * max_records, [quarter], [half] * min(2, max_records), [8]]
+    return [SyntheticUnit(records=[_record(vocabulary, length, rng) for length in lengths]) for lengths in shapes]
+
+
+def _record(vocabulary: int, length: int, rng: RandomBytes) -> SyntheticRecord:
+    words = np.frombuffer(rng(8 * length), "<u8") % np.uint64(vocabulary)
+    return SyntheticRecord(tokens=words.astype(np.int32), loss_mask=np.arange(length) >= length // 2)
+
+
+def gradient_check(adapter: Adapter, unit: SyntheticUnit) -> NDArray[np.float32]:
+    """Every trained tensor has a finite and non-zero gradient on a synthetic unit; returns the gradient.
+
+    Raises:
+        PrivacyCheckFailed: With the tensor's name: it would never train, or would poison every step.
+    """
+    names = {id(parameter): name for name, parameter in adapter.model.named_parameters()}
+    gradient = unit_gradient(adapter, unit.records)
+    start = 0
+    for parameter in adapter.trained:
+        part = gradient[start : start + parameter.numel()]
+        start += parameter.numel()
+        if not np.isfinite(part).all() or not part.any():
+            came = "zero" if np.isfinite(part).all() else "not finite"
+            raise PrivacyCheckFailed(
+                f"expected a finite, non-zero gradient on a synthetic record, got one that is {came} for "
+                f"{names.get(id(parameter), 'an unattached tensor')}: check the adapter's targets and the base"
+            )
+    return gradient
+
+
+def sensitivity_check(
+    sum_of: Callable[[Sequence[U]], BoundedSum],
+    units: Sequence[U],
+    *,
+    l2_clip_norm: float,
+    drop: int = _DROPPED_UNITS,
+) -> float:
+    """Drop each of the first `drop` units: the sum must move by at most the clip, and by that unit's share alone.
+
+    Args:
+        sum_of: The production sum, as a function of the units.
+        units: More than `drop` of them, the largest first.
+        l2_clip_norm: The stated sensitivity.
+        drop: How many units to drop, one at a time.
+
+    Returns:
+        The largest move over the clip.
+
+    Raises:
+        PrivacyCheckFailed: The sum moves too far, or what other units contribute changes, or the sum states another
+            sensitivity. The first comparison is between integers.
+    """
+    whole = sum_of(units)
+    if whole.l2_sensitivity != l2_clip_norm:
+        raise PrivacyCheckFailed(f"expected a sum of sensitivity {l2_clip_norm}, got {whole.l2_sensitivity}")
+    limit = squared_limit(l2_clip_norm, whole.grid)
+    largest = 0.0
+    for index in range(drop):
+        moved = whole.values - sum_of([*units[:index], *units[index + 1 :]]).values
+        ratio = math.sqrt(_squared(moved) / limit)
+        if _squared(moved) > limit:
+            raise PrivacyCheckFailed(
+                f"expected the sum to move by at most the clip when a unit leaves, got {ratio:.6g} clips: "
+                "the clip does not bound a unit, or units share a loss"
+            )
+        coupled = math.sqrt(_squared(moved - sum_of([units[index]]).values) / limit)
+        if coupled > _COUPLING:
+            raise PrivacyCheckFailed(
+                f"expected a unit to change its own share of the sum alone, got {coupled:.6g} clips of other change: "
+                "units share a loss, a sample or a batch"
+            )
+        largest = max(largest, ratio)
+    return largest
+
+
+def _squared(values: NDArray[np.int64]) -> int:
+    """The squared norm of integers, exactly, however long."""
+    largest = int(np.abs(values).max(initial=0))
+    if largest**2 * values.size < 2**63:
+        return int(np.dot(values, values))
+    return sum(int(value) ** 2 for value in values)
+
+
+def noise_check(release: Callable[[], NDArray[np.float32]], *, stddev: float, resolution: float) -> float:
+    """The noise has the stated spread and shape, on the stated grid, and is drawn afresh each time.
+
+    Args:
+        release: Makes one vector from no unit: pure noise, through the production path.
+        stddev: What a coordinate's standard deviation should be, in the vector's units.
+        resolution: What one grid unit is worth in the vector.
+
+    Returns:
+        The measured standard deviation over the stated one.
+
+    Raises:
+        PrivacyCheckFailed: Mean, variance, kurtosis, correlation of successive vectors, or the share of odd grid points
+            lies more than six standard deviations from what it should be. With right noise that happens once in 10^6
+            runs (kurtosis has the heaviest tail), and a factor 2/3 or 3/2 of the stddev is always seen.
+    """
+    first, second = _noise_pair(release)
+    sample = np.concatenate([first, second]).astype(np.float64) / stddev  # (n,)
+    count = sample.size
+    paired = np.mean(first.astype(np.float64) * second) / stddev**2
+    odd = np.mean(np.rint(np.nan_to_num(sample) * (stddev / resolution)).astype(np.int64) & 1)
+    variance = float(np.mean(sample**2))
+    # With mean 0 and variance 1, z^4 - 6 z^2 + 3 (a Hermite polynomial) has mean 0 and variance 24.
+    deviations = {
+        "mean": float(sample.mean()) * math.sqrt(count),
+        "variance": (variance - 1.0) * math.sqrt(count / 2.0),
+        "kurtosis": (float(np.mean(sample**4)) - 6.0 * variance + 3.0) * math.sqrt(count / 24.0),
+        "correlation of two vectors": float(paired) * math.sqrt(first.size),
+        "share of odd grid points": (float(odd) - 0.5) * 2.0 * math.sqrt(count),
+    }
+    for name, deviation in deviations.items():
+        if not abs(deviation) <= MOST_DEVIATIONS:
+            raise PrivacyCheckFailed(
+                f"expected noise of the stated spread, shape and independence, got a {name} {deviation:+.1f} standard "
+                f"deviations off (stddev {math.sqrt(variance):.4f} of the stated one): nothing was released"
+            )
+    return math.sqrt(variance)
+
+
+def _noise_pair(release: Callable[[], NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two samples of enough coordinates, from alternating releases."""
+    firsts, seconds, drawn = [], [], 0
+    while drawn < _NOISE_COORDINATES:
+        firsts.append(release())
+        seconds.append(release())
+        drawn += 2 * firsts[-1].size
+    return np.concatenate(firsts), np.concatenate(seconds)
+
+
+def cross_check(
+    *, noise_multiplier: float, sampling_prob: float, steps: int, delta: float, pld_epsilon: float
+) -> float:
+    """Opacus' PRV accountant must agree with the epsilon that the charter was signed for.
+
+    Returns:
+        Opacus' epsilon.
+
+    Raises:
+        PrivacyCheckFailed: They differ by more than 0.05.
+    """
+    from opacus.accountants import PRVAccountant  # Seconds to import, and needed once a run.
+
+    accountant = PRVAccountant()
+    accountant.history = [(noise_multiplier, sampling_prob, steps)]
+    epsilon = float(accountant.get_epsilon(delta=delta))
+    if not abs(epsilon - pld_epsilon) <= _ACCOUNTANTS_AGREE:
+        raise PrivacyCheckFailed(
+            f"expected Opacus' accountant within {_ACCOUNTANTS_AGREE} of epsilon {pld_epsilon:.4f}, got {epsilon:.4f}: "
+            "nothing is released until they agree"
+        )
+    return epsilon

@@ -1,0 +1,161 @@
+"""Joining a federation: two keys made here, a token used once, a person's approval there, a certificate back.
+
+Each step is written down before the next, so that the command may be interrupted and run again: the same keys and the
+same request are presented, and an approved request is collected without a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from foedus_protocols.certificates import make_request
+from foedus_protocols.enrolment import EnrolmentClient, EnrolmentRequest, EnrolmentStatus
+from foedus_protocols.errors import StateError, UsageError, VerificationError
+from foedus_protocols.files import write_durably
+from foedus_protocols.identity import (
+    check_org_id,
+    generate_signing_key,
+    generate_tls_key,
+    key_fingerprint,
+    load_signing_key,
+    load_tls_key,
+    parse_fingerprint,
+    public_hex,
+    save_key,
+)
+
+from foedus_client import policy
+from foedus_client.config import ClientConfig, Home
+
+COLLECT_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Where the enrolment stands. `fingerprint` is of our signing key: the operator compares it before approving."""
+
+    org: str
+    state: Literal["pending", "joined"]
+    fingerprint: str
+    federation: str | None
+    operator_fingerprint: str | None
+
+
+def configure(
+    home: Home, *, coordinator: str | None, org: str | None, ca_fingerprint: str | None, proxy: str | None
+) -> ClientConfig:
+    """The configuration to join with: what was given, or what an earlier call wrote.
+
+    Raises:
+        UsageError: Something is missing and nothing was written before.
+        StateError: Something else than before was given.
+    """
+    if home.config.exists():
+        config = home.load()
+        pin = None if ca_fingerprint is None else parse_fingerprint(ca_fingerprint)
+        given = {"enrolment": coordinator, "org": org, "ca_fingerprint": pin}
+        for name, value in given.items():
+            if value is not None and value != getattr(config, name):
+                raise StateError(
+                    f"expected the {name} that this home was made with, got another one; use another --home, "
+                    f"or move {home.root} away"
+                )
+        return config if proxy is None else config.model_copy(update={"proxy": proxy})
+    if coordinator is None or org is None or ca_fingerprint is None:
+        raise UsageError("expected --coordinator HOST:PORT, --org ID and --ca-fingerprint F, at least one is missing")
+    check_org_id(org)
+    return ClientConfig(org=org, enrolment=coordinator, ca_fingerprint=parse_fingerprint(ca_fingerprint), proxy=proxy)
+
+
+def prepare(home: Home, config: ClientConfig) -> None:
+    """Make what is not there yet: folders, both keys, the certificate request, a policy that allows nothing."""
+    home.make()
+    if not home.signing_key.exists():
+        save_key(home.signing_key, generate_signing_key())
+    if not home.tls.key.exists():
+        save_key(home.tls.key, generate_tls_key())
+    if not home.request.exists():
+        write_durably(home.request, make_request(load_tls_key(home.tls.key), config.org), mode=0o600)
+    policy.write_template(home.policy)
+    home.save(config)
+
+
+def needs_token(config: ClientConfig) -> bool:
+    """Whether no request was accepted yet."""
+    return config.request_id is None
+
+
+def join(
+    home: Home,
+    config: ClientConfig,
+    *,
+    token: str | None,
+    wait: bool,
+    say: Callable[[str], None],
+    pause: Callable[[float], None] = time.sleep,
+) -> Joined:
+    """Present the token, or ask what became of the request; with `wait`, until somebody decided.
+
+    Raises:
+        ConnectError: Nothing answers, or its certificate is not valid.
+        VerificationError: The coordinator is not the one with the pinned CA, or refused token or request.
+    """
+    key = load_signing_key(home.signing_key)
+    fingerprint = key_fingerprint(public_hex(key))
+    if config.federation is not None:
+        return _joined(config, fingerprint)
+    with EnrolmentClient(config.enrolment, config.ca_fingerprint, proxy=config.proxy) as client:
+        if config.request_id is None:
+            if token is None:
+                raise UsageError("expected a token by --token-stdin or --token-file, or at the prompt; got none")
+            csr = home.request.read_bytes()
+            request = EnrolmentRequest.make(org=config.org, token=token, csr_pem=csr, signing_key=key)
+            status = client.enrol(request)
+            config = config.model_copy(update={"request_id": status.request_id})
+            home.save(config)
+        else:
+            status = client.collect(config.request_id, key)
+        if status.state == "pending" and wait:
+            say(f"waiting for the coordinator's administrator to compare and approve {fingerprint}")
+        while status.state == "pending" and wait:
+            pause(COLLECT_SECONDS)
+            status = client.collect(status.request_id, key)
+    return _finish(home, config, status, fingerprint)
+
+
+def _finish(home: Home, config: ClientConfig, status: EnrolmentStatus, fingerprint: str) -> Joined:
+    if status.state == "pending":
+        return Joined(
+            org=config.org, state="pending", fingerprint=fingerprint, federation=None, operator_fingerprint=None
+        )
+    if status.state == "refused":
+        raise VerificationError(
+            f"the request of {config.org} was refused; ask the coordinator's administrator why, and join with a new "
+            "token from another --home"
+        )
+    status.check_approved(org=config.org, tls_key=load_tls_key(home.tls.key), ca_fingerprint=config.ca_fingerprint)
+    write_durably(home.tls.ca, status.ca_pem)
+    write_durably(home.tls.certificate, status.certificate_pem)
+    policy.add_coordinator(home.policy, status.operator_key)
+    config = config.model_copy(
+        update={
+            "federation": status.federation,
+            "operator_key": status.operator_key,
+            "link": status.link_address,
+        }
+    )
+    home.save(config)
+    return _joined(config, fingerprint)
+
+
+def _joined(config: ClientConfig, fingerprint: str) -> Joined:
+    return Joined(
+        org=config.org,
+        state="joined",
+        fingerprint=fingerprint,
+        federation=config.federation,
+        operator_fingerprint=None if config.operator_key is None else key_fingerprint(config.operator_key),
+    )

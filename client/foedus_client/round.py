@@ -1,0 +1,313 @@
+"""One round as the organisation lives it: plain functions, in the order in which they happen.
+
+    check     everyone's signatures, validity, membership, base, adapter, recipe, budget (steps 1 to 12)
+    catch up  replay the sums that were missed; the adapter must be the announced one
+    score     held-out scores of that adapter, where the charter's evaluation term allows them
+    train     the worker writes one clipped and noised vector
+    code      into the words of the ring: drawn once, on disk before anything is reserved
+    reserve   one ledger transaction spends the round's event on exactly these words
+    push      through the gate, to the coordinator's disk
+    commit    the signed receipt goes into the ledger
+
+A kill before `reserve` has released nothing and spent nothing; a kill after it sends those same words when the order
+comes again, in whatever attempt. Nothing here knows of sockets, Flower or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from foedus_protocols import accounting, codec
+from foedus_protocols.canonical import canonical_bytes
+from foedus_protocols.charter import charter_events, delta_for_accountant, round_event
+from foedus_protocols.errors import PolicyRefused, RoundFailed, StateError
+from foedus_protocols.files import write_durably
+from foedus_protocols.messages import (
+    AdvanceAnswer,
+    AdvanceOrder,
+    Agreement,
+    CloseAnswer,
+    CloseNotice,
+    EvaluateAnswer,
+    EvaluateOrder,
+    Scores,
+    TrainAnswer,
+    TrainOrder,
+)
+from foedus_protocols.packing import pack
+from foedus_protocols.receipt import open_receipt
+
+from foedus_client.gate import Permit
+from foedus_client.ledger import Entry
+from foedus_client.replay import AdapterDiffers, Position, adapter_bytes, catch_up, forget
+from foedus_client.seat import PHASE, Ports, Seat
+from foedus_client.state import RoundRecord
+from foedus_client.work import CheckTask, EvaluateTask, TrainTask
+
+_LOG = logging.getLogger("foedus.client")
+
+Vector = npt.NDArray[np.float32]
+
+
+def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer, Permit]:
+    """Take part in one round.
+
+    Returns:
+        The answer, and what the gate may let out of it. Without a vector where the deadline has passed and nothing was
+        reserved: a late vector would be spent for nothing.
+
+    Raises:
+        PolicyRefused: A numbered check failed.
+        VerificationError: History, sum, receipt or agreement are not what they should be.
+        ConnectError: The link broke; the same order will come again.
+
+    Guarantees:
+        At most one set of words is ever sent for a (charter, run, round), whatever is repeated or killed, and none
+        before the ledger holds a reservation with its digest.
+    """
+    check(order.agreement_digest, seat, ports)
+    position = catch_up(order.history_digest, seat, ports)
+    _require_adapter(order.adapter_digest, position)
+    _require_round(order.round, seat, ports)
+    made = ports.state.round(seat.digest, order.round)
+    if made is None and ports.clock() > order.deadline:
+        _LOG.warning("round %d: its deadline has passed, nothing is trained", order.round)
+        return TrainAnswer(), permit_of(seat, order.round)
+    scores = score(position, seat, ports) if order.evaluate else None
+    if made is None:
+        check_mechanism(seat, ports)
+        vector = train(order, position, seat, ports)
+        made = code(vector, order.round, seat, ports)
+    entry = reserve(made, seat, ports)
+    permit = permit_of(seat, order.round, words=made, scores=order.evaluate)
+    push(made, entry, permit, seat, ports)
+    return TrainAnswer(vector_digest=made.words, vector_bytes=made.words_bytes, scores=scores), permit
+
+
+def advance(order: AdvanceOrder, seat: Seat, ports: Ports) -> tuple[AdvanceAnswer, Permit]:
+    """Replay the published sum and say which adapter follows, also where it is not the announced one."""
+    try:
+        ours = catch_up(order.history_digest, seat, ports).digest
+    except AdapterDiffers as error:
+        _LOG.error("%s", error)
+        ours = error.ours
+    else:
+        _erase_words(order.round, seat, ports)
+    return AdvanceAnswer(adapter_digest=ours), Permit(
+        charter=seat.digest, run=seat.run, round=order.round, adapter=ours
+    )
+
+
+def evaluate(order: EvaluateOrder, seat: Seat, ports: Ports) -> tuple[EvaluateAnswer, Permit]:
+    """Score an adapter without training.
+
+    Raises:
+        PolicyRefused: The charter's evaluation term allows no scores (step 9), or another check failed.
+    """
+    check(order.agreement_digest, seat, ports)
+    position = catch_up(order.history_digest, seat, ports)
+    _require_adapter(order.adapter_digest, position)
+    return EvaluateAnswer(scores=score(position, seat, ports)), permit_of(seat, order.round, scores=True)
+
+
+def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Permit]:
+    """The run is over: free what was allotted and not spent, erase words, sums and positions.
+
+    It needs no seat: a charter that this organisation refused, or whose data it no longer has, is closed alike.
+    """
+    charter = notice.charter_digest
+    ports.ledger.release_allotment(charter)
+    for made in ports.state.rounds(charter):
+        ports.store.delete(made.words)
+    for entry in ports.state.history(charter):
+        ports.store.delete(entry.sum_digest)
+    forget(charter, ports.work)
+    ports.state.mark_closed(charter, f"{notice.outcome}: {notice.reason}")
+    return CloseAnswer(), Permit(charter=charter, run=run)
+
+
+# The steps.
+
+
+def check(agreement_digest: str, seat: Seat, ports: Ports) -> None:
+    """Steps 1 to 12 of ``docs/protocol.md`` section 2, everyone's signatures included.
+
+    Raises:
+        PolicyRefused: The first step that failed.
+    """
+    seat.check(Agreement.decode(ports.pull(agreement_digest).read_bytes()))
+    ports.state.mark_agreed(seat.digest, agreement_digest)
+
+
+def check_mechanism(seat: Seat, ports: Ports) -> None:
+    """Before the first private step of a run: sensitivity, noise and coverage on synthetic records of the run's shapes.
+
+    Raises:
+        PrivacyCheckFailed: One of them failed; nothing was released.
+    """
+    if not seat.charter.private or ports.state.charter(seat.digest).checked:
+        return
+    events = charter_events(seat.charter, seat.me)
+    delta = delta_for_accountant(seat.charter, seat.me)
+    task = CheckTask(
+        terms=seat.terms,
+        steps=sum(event.steps for event in events),
+        delta=delta,
+        epsilon=accounting.epsilon(events, delta),
+    )
+    reply = ports.worker.check(seat.setup, task, ports.tick)
+    ports.state.mark_checked(seat.digest)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(reply.figures.items()))
+    _LOG.info("privacy checks passed: %s", figures or "no figures")
+
+
+def score(position: Position, seat: Seat, ports: Ports) -> Scores | None:
+    """Held-out scores of an adapter, once: a repeated order gets the stored ones.
+
+    Raises:
+        PolicyRefused: The charter's evaluation term does not allow them (step 9).
+    """
+    if not seat.scores_allowed(position.after):
+        raise PolicyRefused(9, "the charter's evaluation term does not let scores of this adapter leave")
+    known, scores = ports.state.scores(seat.digest, position.after)
+    if known:
+        return scores
+    adapter = _adapter_file(position, ports)
+    task = EvaluateTask(adapter=str(adapter), max_records=seat.charter.evaluation.max_records)
+    scores = ports.worker.evaluate(seat.setup, task, ports.tick).scores
+    ports.state.save_scores(seat.digest, position.after, scores)
+    return scores
+
+
+def train(order: TrainOrder, position: Position, seat: Seat, ports: Ports) -> Vector:
+    """Have the worker make one vector: clipped, noised, divided by the charter's constants.
+
+    Raises:
+        RoundFailed: The worker wrote something else than d finite numbers.
+    """
+    output = ports.work / "vector.f32"
+    output.unlink(missing_ok=True)
+    task = TrainTask(
+        terms=seat.terms,
+        org=seat.org,
+        round=order.round,
+        adapter=str(_adapter_file(position, ports)),
+        output=str(output),
+    )
+    reply = ports.worker.train(seat.setup, task, ports.tick)
+    _LOG.info("round %d: trained (%s)", order.round, _figures(reply.figures))
+    vector = np.fromfile(output, dtype="<f4").astype(np.float32)  # (d,)
+    output.unlink()
+    if vector.size != seat.charter.adapter.length or not np.isfinite(vector).all():
+        raise RoundFailed(
+            f"expected {seat.charter.adapter.length} finite numbers of the worker, got {vector.size}; see worker.log"
+        )
+    return vector
+
+
+def code(vector: Vector, number: int, seat: Seat, ports: Ports) -> RoundRecord:
+    """Weight, rotate, round and pack the vector; the words are on disk when this returns.
+
+    Guarantees:
+        In private modes the stochastic rounding draws from the operating system. Clamping and scaling are
+        post-processing of an already noised vector and cost no privacy.
+    """
+    weight = np.float32(seat.charter.relative_weight(seat.org))
+    key = codec.coding_key(seat.digest, seat.run, number, PHASE)
+    encoded = codec.encode(vector * weight, coding=seat.coding, key=key, uniform=_uniform(number, seat), clamp=True)
+    if encoded.clamped:
+        _LOG.warning("round %d: %d coordinates were clamped to the coding range", number, encoded.clamped)
+    data = pack(encoded.words, seat.charter.masks.ring_bits)
+    digest = ports.store.put_bytes(data)
+    ports.state.save_words(seat.digest, number, digest=digest, size=len(data))
+    made = ports.state.round(seat.digest, number)
+    if made is None:
+        raise StateError(f"expected the words of round {number} in client.db right after they were saved")
+    return made
+
+
+def reserve(made: RoundRecord, seat: Seat, ports: Ports) -> Entry:
+    """Spend the round's event on these words; the same words again spend nothing.
+
+    Raises:
+        BudgetExhausted: The words are gone and their budget is spent, or the allotment does not cover the round.
+    """
+    if not ports.store.has(made.words):
+        raise PolicyRefused(10, f"the words of round {made.round} are no longer in files/, their budget stays spent")
+    event = round_event(seat.charter, seat.me)
+    return ports.ledger.reserve(seat.namespace, seat.digest, seat.run, made.round, event, made.words)
+
+
+def push(made: RoundRecord, entry: Entry, permit: Permit, seat: Seat, ports: Ports) -> None:
+    """Send the words, check the receipt, and commit."""
+    receipt = ports.gate.push(ports.store.path(made.words), permit=permit)
+    checked = open_receipt(
+        canonical_bytes(receipt),
+        operator_key=seat.operator_key,
+        federation=seat.federation,
+        run=seat.run,
+        round=made.round,
+        org=seat.org,
+        digest=made.words,
+        size=made.words_bytes,
+    )
+    ports.state.save_receipt(seat.digest, made.round, checked.model_dump(mode="json"))
+    ports.ledger.commit(entry, checked.model_dump(mode="json"))
+    _LOG.info("round %d: %d bytes sent, receipt says %s", made.round, made.words_bytes, checked.verdict)
+
+
+def permit_of(seat: Seat, number: int, *, words: RoundRecord | None = None, scores: bool = False) -> Permit:
+    """What may leave in answer to an order of this seat."""
+    return Permit(
+        charter=seat.digest,
+        run=seat.run,
+        round=number,
+        words=None if words is None else words.words,
+        words_bytes=None if words is None else words.words_bytes,
+        scores=scores and seat.charter.evaluation.term == "plain",
+    )
+
+
+def _require_adapter(announced: str, position: Position) -> None:
+    if announced != position.digest:
+        raise PolicyRefused(
+            8,
+            f"expected the adapter {position.digest[:12]} that follows from the published sums, "
+            f"got {announced[:12]} from the coordinator",
+        )
+
+
+def _require_round(number: int, seat: Seat, ports: Ports) -> None:
+    """The charter has this round, and it comes after every closed one."""
+    closed = ports.state.history(seat.digest)
+    first = closed[-1].round + 1 if closed else 1
+    if not first <= number <= seat.charter.privacy.rounds:
+        raise PolicyRefused(9, f"expected a round from {first} to {seat.charter.privacy.rounds}, got {number}")
+
+
+def _adapter_file(position: Position, ports: Ports) -> Path:
+    path = ports.work / "adapter.f32"
+    write_durably(path, adapter_bytes(position.adapter), mode=0o600)
+    return path
+
+
+def _erase_words(number: int, seat: Seat, ports: Ports) -> None:
+    """The round is closed: its words will not be asked for again."""
+    made = ports.state.round(seat.digest, number)
+    if made is not None:
+        ports.store.delete(made.words)
+
+
+def _uniform(number: int, seat: Seat) -> codec.Uniform:
+    if seat.charter.private or seat.charter.seed is None:
+        return codec.secure_uniform()
+    label = f"foedus/rounding/1|{seat.charter.seed}|{seat.org}|{number}"
+    return codec.seeded_uniform(hashlib.sha256(label.encode()).digest())
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(figures.items())) or "done"

@@ -1,0 +1,111 @@
+"""An organisation's seat in one run: the charter, what follows from it for us, and the ports of a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from foedus_protocols.charter import Charter, Participant
+from foedus_protocols.codec import Coding
+from foedus_protocols.messages import Agreement
+from foedus_protocols.rules import Rule
+from foedus_protocols.store import FileStore
+
+from foedus_client.gate import Gate
+from foedus_client.ledger import Ledger
+from foedus_client.state import ClientState
+from foedus_client.work import Setup, StepTermsTask, Tick, WorkerPort
+
+PHASE = "train"
+"""The phase in the coding key. Other phases belong to later versions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Everything about a run that does not change from round to round.
+
+    Attributes:
+        org: Our own id, one of the charter's participants.
+        run: The run's id, from the first offer.
+        namespace: The unit namespace that the run draws on, by our own policy.
+        setup: What the worker has to hold for this run.
+        check: Steps 1 to 12 of ``docs/protocol.md`` section 2, given everyone's signatures. It raises and returns
+            nothing.
+    """
+
+    charter: Charter
+    org: str
+    run: str
+    federation: str
+    operator_key: str
+    namespace: str
+    setup: Setup
+    check: Callable[[Agreement], None]
+
+    @cached_property
+    def digest(self) -> str:
+        """The charter's digest."""
+        return self.charter.digest
+
+    @cached_property
+    def me(self) -> Participant:
+        """Our constants."""
+        return self.charter.participant(self.org)
+
+    @cached_property
+    def coding(self) -> Coding:
+        """The ring in which vectors are added."""
+        return self.charter.coding()
+
+    @cached_property
+    def rule(self) -> Rule:
+        """How the sum turns into the next adapter."""
+        return self.charter.rule()
+
+    @property
+    def terms(self) -> StepTermsTask:
+        """Our step's constants, for the worker."""
+        return StepTermsTask(
+            private=self.charter.private,
+            l2_clip_norm=self.charter.privacy.l2_clip_norm,
+            noise_multiplier=self.me.noise_multiplier,
+            sampling_prob=self.me.sampling_prob,
+            expected_units=self.me.expected_units,
+            seed=self.charter.seed,
+        )
+
+    def scores_allowed(self, after: int) -> bool:
+        """Whether scores of the adapter after so many closed rounds may leave at all."""
+        return self.charter.evaluation.term == "plain" and 0 <= after <= self.charter.privacy.rounds
+
+    def weights(self, orgs: list[str]) -> list[float]:
+        """w_i / max w of some participants, in their order."""
+        return [self.charter.relative_weight(org) for org in orgs]
+
+
+def _no_tick() -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """What a round reaches for. Everything that leaves goes through `gate`; `pull` only fetches.
+
+    Attributes:
+        pull: Fetch a file by digest into `store` and return its path; at once where the store has it.
+        work: Folder shared with the worker; nothing in it outlives a run.
+        clock: Unix seconds of the coordinator's clock.
+    """
+
+    state: ClientState
+    ledger: Ledger
+    store: FileStore
+    pull: Callable[[str], Path]
+    gate: Gate
+    worker: WorkerPort
+    work: Path
+    tick: Tick = _no_tick
+    clock: Callable[[], float] = time.time

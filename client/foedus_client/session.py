@@ -1,0 +1,173 @@
+"""What a worker does: hold one base and one data set, check the mechanism, make vectors, score adapters.
+
+Plain functions over a loaded `Session`; nothing here knows of Flower, sockets, keys or the ledger.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from foedus_model.adapter import AttachedAdapter, attach
+from foedus_model.build import load_base
+from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
+from foedus_protocols.layout import attention_layout
+from foedus_protocols.manifest import TOKENIZER_FILE, read_config
+from foedus_protocols.messages import Scores
+
+from foedus_client import checks, training
+from foedus_client.datasets import Dataset, load_dataset
+from foedus_client.noise import RoundedGaussian
+from foedus_client.privacy import SeededBytes, StepTerms
+from foedus_client.work import (
+    CheckReply,
+    CheckTask,
+    EvaluateReply,
+    EvaluateTask,
+    Setup,
+    SetupReply,
+    StepTermsTask,
+    TrainReply,
+    TrainTask,
+)
+
+NOISE_TABLES = "noise"
+
+
+class Session:
+    """A base with an attached adapter, a data set, and the noise tables that were built.
+
+    The base is loaded once and stays as long as the session; an adapter is 10 to 100 MB and is loaded for each task.
+    """
+
+    def __init__(self, setup: Setup, adapter: AttachedAdapter, data: Dataset, *, work: Path) -> None:
+        self._setup = setup
+        self._adapter = adapter
+        self._data = data
+        self._work = work
+        self._tables: dict[StepTerms, RoundedGaussian | None] = {}
+
+    @classmethod
+    def load(cls, setup: Setup, *, work: Path) -> Session:
+        """Load base, adapter and data.
+
+        Raises:
+            CheckpointError: Another base than the charter's, or another adapter layout.
+            DataError: A file cannot be read.
+        """
+        base = Path(setup.base)
+        layout = attention_layout(read_config(base), rank=setup.rank)
+        if layout.digest != setup.layout_digest:
+            raise CheckpointError(
+                f"expected the adapter layout {setup.layout_digest[:12]}, this base gives {layout.digest[:12]}"
+            )
+        model = load_base(base, expect_digest=setup.base_digest, device=default_device())
+        adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
+        data = load_dataset(
+            [Path(file) for file in setup.files],
+            units=setup.units,
+            columns=setup.columns,
+            tokenizer_path=base / TOKENIZER_FILE,
+            max_tokens=setup.max_tokens,
+            max_records_per_unit=setup.max_records_per_unit,
+            split_key=bytes.fromhex(setup.split_key),
+        )
+        return cls(setup, adapter, data, work=work)
+
+    def describe(self) -> SetupReply:
+        """How much data there is, and where the model runs."""
+        return SetupReply(
+            train_units=len(self._data.train),
+            heldout_units=len(self._data.heldout),
+            device=str(self._adapter.trained[0].device),
+        )
+
+    def check(self, task: CheckTask) -> CheckReply:
+        """Sensitivity, noise, coverage, and a second accountant, on synthetic records of the run's shapes.
+
+        Raises:
+            PrivacyCheckFailed: One of them failed.
+        """
+        terms = self._terms(task.terms)
+        noise = self._table(terms)
+        if noise is None:
+            raise PrivacyCheckFailed("expected terms with noise to check, got none; mode none promises nothing")
+        figures = checks.preflight(self._adapter, terms=terms, noise=noise, max_tokens=self._setup.max_tokens)
+        figures["epsilon_of_second_accountant"] = checks.cross_check(
+            noise_multiplier=terms.noise_multiplier,
+            sampling_prob=terms.sampling_prob,
+            steps=task.steps,
+            delta=task.delta,
+            pld_epsilon=task.epsilon,
+        )
+        return CheckReply(figures=figures)
+
+    def train(self, task: TrainTask) -> TrainReply:
+        """One step; the vector goes to the task's output file, and only figures for this organisation come back."""
+        self._load_adapter(task.adapter)
+        terms = self._terms(task.terms)
+        if terms.private or task.terms.seed is None:
+            rng = os.urandom
+        else:
+            training.make_reproducible(torch.get_num_threads())
+            rng = SeededBytes(seed=task.terms.seed, org=task.org, round_number=task.round)
+        result = training.private_vector(
+            self._adapter, self._data.train, terms=terms, rng=rng, noise=self._table(terms)
+        )
+        result.vector.astype("<f4", copy=False).tofile(task.output)
+        return TrainReply(
+            figures={
+                "sampled_units": result.sampled_units,
+                "clipped_units": result.clipped_units,
+                "dropped_units": result.dropped_units,
+            }
+        )
+
+    def evaluate(self, task: EvaluateTask) -> EvaluateReply:
+        """Held-out scores, None where nothing is held out."""
+        if not self._data.heldout:
+            return EvaluateReply(scores=None)
+        self._load_adapter(task.adapter)
+        loss_sum, tokens, units = training.score(self._adapter, self._data.heldout, task.max_records)
+        return EvaluateReply(scores=Scores(loss_sum=loss_sum, tokens=tokens, units=units) if units else None)
+
+    def _load_adapter(self, path: str) -> None:
+        vector = np.fromfile(path, dtype="<f4").astype(np.float32)
+        if vector.size != training.vector_length(self._adapter):
+            raise RoundFailed(
+                f"expected an adapter of {training.vector_length(self._adapter)} numbers, got {vector.size}"
+            )
+        self._adapter.load_vector(vector)
+
+    def _terms(self, task: StepTermsTask) -> StepTerms:
+        return StepTerms(
+            l2_clip_norm=task.l2_clip_norm,
+            noise_multiplier=task.noise_multiplier,
+            sampling_prob=task.sampling_prob,
+            expected_units=task.expected_units,
+            max_records_per_unit=self._setup.max_records_per_unit,
+        )
+
+    def _table(self, terms: StepTerms) -> RoundedGaussian | None:
+        """The noise table of these terms; it is public, and kept on disk beside the work folder's other files."""
+        if terms not in self._tables:
+            length = training.vector_length(self._adapter)
+            self._tables[terms] = training.noise_table(terms, length, cache=self._work / NOISE_TABLES)
+        return self._tables[terms]
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one, unless FOEDUS_DEVICE says otherwise."""
+    named = os.environ.get("FOEDUS_DEVICE")
+    if named:
+        return torch.device(named)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads() -> None:
+    """FOEDUS_THREADS threads; torch's own choice without it."""
+    count = os.environ.get("FOEDUS_THREADS")
+    if count:
+        torch.set_num_threads(max(1, int(count)))

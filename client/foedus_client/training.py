@@ -1,0 +1,276 @@
+"""The private step: units in, one clipped and noised vector out.
+
+One unit a forward, so that what autograd returns *is* the unit's gradient and no unit's arithmetic depends on who
+shares its batch. A unit's loss comes from its own answer tokens alone: the mean over its records of each record's mean
+token loss. (The library's `labels=` loss is a mean over the batch's tokens; removing one record moved a clipped sum by
+up to 8 clips.) A unit's records are one right-padded batch: attention is causal and padding comes last, so no token of
+a record sees it, and padding has no loss.
+
+The steps of `private_vector` are in the order of `docs/privacy.md`, "The mechanism". The packed path, which takes
+several short units in one forward, and local steps are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
+from numpy.typing import NDArray
+from torch import nn
+
+from foedus_client.noise import RandomBytes, RoundedGaussian, rounded_gaussian
+from foedus_client.privacy import (
+    BoundedSum,
+    SeededBytes,
+    StepTerms,
+    UnitSum,
+    choose_records,
+    clip_to_grid,
+    grid,
+    poisson_sample,
+    release_vector,
+)
+
+
+class Record(Protocol):
+    """One example: tokens, and which of them are answer tokens that the model should predict."""
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """int32 (T,)."""
+
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """bool (T,): True where the token carries loss. The first token has no context and never does."""
+
+
+class Unit(Protocol):
+    """One privacy unit: all records that share its key."""
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """At least one."""
+
+
+class Adapter(Protocol):
+    """A model with an adapter attached (`foedus_model.adapter.AttachedAdapter`)."""
+
+    model: Any
+    trained: list[nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step gives.
+
+    Attributes:
+        vector: (clipped sum + noise) / (l2_clip_norm x expected_units), the only thing that may leave.  # float32 (d,)
+        sampled_units: How many units took part. A statistic of the data: it stays in the organisation.
+        clipped_units: How many of them were shortened. It stays.
+        dropped_units: How many counted as zero, their gradient not being finite. It stays.
+    """
+
+    vector: NDArray[np.float32]
+    sampled_units: int
+    clipped_units: int
+    dropped_units: int
+
+
+def private_vector(
+    adapter: Adapter,
+    units: Sequence[Unit],
+    *,
+    terms: StepTerms,
+    rng: RandomBytes,
+    noise: RoundedGaussian | None,
+) -> StepResult:
+    """One step of an organisation: sample, clip, sum, noise, scale.
+
+    Args:
+        adapter: The model, with the round's adapter loaded.
+        units: Everything the organisation trains on. May be empty: the step is then noise only, and counts.
+        terms: The charter's constants for this organisation.
+        rng: `os.urandom` in private modes; a `SeededBytes` of the round in mode `none`.
+        noise: The table of `noise_table(terms, d)`; None in mode `none`.
+
+    Raises:
+        PrivacyCheckFailed: A parameter requires a gradient and is not in the vector, the noise is not the one that the
+            terms ask for, or a private step is given seeded bytes. Nothing here depends on a record.
+
+    Guarantees:
+        With noise, the vector is one Poisson-subsampled Gaussian event of `sampling_prob` and `noise_multiplier` with
+        respect to adding or removing one unit, up to the noise table's stated distance. The bytes of the vector are
+        covered; the time that the step takes is not.
+    """
+    coverage_check(adapter)
+    length = vector_length(adapter)
+    _require_noise(terms, noise, rng, length)
+    sampled = [units[index] for index in poisson_sample(len(units), terms.sampling_prob, rng)]
+    step = grid(terms.noise_stddev, terms.l2_clip_norm, length)
+    total, scales = clipped_sum(adapter, sampled, terms=terms, step=step, rng=rng)
+    values = total.values if noise is None else total.values + noise.draw(length)
+    vector = release_vector(values, step=step, l2_clip_norm=terms.l2_clip_norm, expected_units=terms.expected_units)
+    return StepResult(
+        vector=vector,
+        sampled_units=len(sampled),
+        clipped_units=sum(0.0 < scale < 1.0 for scale in scales),
+        dropped_units=sum(scale == 0.0 for scale in scales),
+    )
+
+
+def noise_table(terms: StepTerms, length: int, *, cache: Path | None = None) -> RoundedGaussian | None:
+    """The noise that the terms ask for, from the cache folder where it was built before; None in mode `none`."""
+    return rounded_gaussian(_grid_stddev(terms, length), cache=cache) if terms.private else None
+
+
+def make_reproducible(threads: int) -> None:
+    """Fix the thread count and take deterministic algorithms, so that mode `none` has the same bits after a restart."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def clipped_sum(
+    adapter: Adapter, units: Sequence[Unit], *, terms: StepTerms, step: float, rng: RandomBytes
+) -> tuple[BoundedSum, list[float]]:
+    """The sum of the units' clipped gradients, with its sensitivity, and each unit's clip factor (which stays at home).
+
+    Guarantees:
+        Adding or removing one unit moves the sum by at most `l2_clip_norm`: a unit's gradient is computed in a forward
+        of its own and clipped before it is added (`clip_to_grid`).
+    """
+    total = UnitSum(length=vector_length(adapter), l2_clip_norm=terms.l2_clip_norm, step=step)
+    scales: list[float] = []
+    for unit in units:
+        chosen = choose_records(len(unit.records), terms.max_records_per_unit, rng)
+        gradient = unit_gradient(adapter, [unit.records[index] for index in chosen])
+        clipped = clip_to_grid(gradient, l2_clip_norm=terms.l2_clip_norm, step=step)
+        total.add(clipped)
+        scales.append(clipped.scale)
+    return total.total(), scales
+
+
+def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.float32]:
+    """The gradient of one unit's loss over the trained tensors, in layout order.  # float32 (d,)
+
+    A unit without an answer token has no loss, and a gradient of zero.
+    """
+    batch = _batch(records, adapter.trained[0].device)
+    if batch is None:
+        return np.zeros(vector_length(adapter), np.float32)
+    losses, owners = token_losses(adapter.model, batch)  # (N,), (N,)
+    tokens = torch.bincount(owners, minlength=len(records)).to(losses.dtype)  # (records,)
+    shares = 1.0 / (tokens[owners] * torch.count_nonzero(tokens))  # (N,)
+    gradients = torch.autograd.grad((losses * shares).sum(), adapter.trained)
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])  # (d,)
+    return flat.cpu().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    tokens: torch.Tensor  # int64 (B, T)
+    answers: torch.Tensor  # bool (B, T - 1): position t predicts an answer token at t + 1
+
+
+def _batch(records: Sequence[Record], device: torch.device) -> _Batch | None:
+    """Right-padded records, or None where none of them has an answer token."""
+    longest = max((len(record.tokens) for record in records), default=0)
+    if longest < 2:
+        return None
+    tokens = np.zeros((len(records), longest), np.int64)
+    answers = np.zeros((len(records), longest - 1), np.bool_)
+    for row, record in enumerate(records):
+        tokens[row, : len(record.tokens)] = record.tokens
+        answers[row, : max(0, len(record.tokens) - 1)] = record.loss_mask[1:]
+    if not answers.any():
+        return None
+    return _Batch(tokens=torch.from_numpy(tokens).to(device), answers=torch.from_numpy(answers).to(device))
+
+
+def token_losses(model: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each answer token in nats, and its record. Logits are made at these tokens only."""
+    hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (B, T, K)
+    logits = model.lm_head(hidden[:, :-1][batch.answers]).float()  # (N, vocabulary)
+    targets = batch.tokens[:, 1:][batch.answers]  # (N,)
+    return F.cross_entropy(logits, targets, reduction="none"), torch.nonzero(batch.answers)[:, 0]
+
+
+def score(adapter: Adapter, units: Sequence[Unit], max_records: int) -> tuple[float, int, int]:
+    """Loss of held-out units: the sum of token losses in nats, the number of tokens, and of units, that it stands for.
+
+    Units are taken in their order until `max_records` records were read; a unit is read to its end or to that number.
+    The figures are statistics of the data. They leave only where the charter's evaluation term says so.
+    """
+    loss_sum, tokens, scored, left = 0.0, 0, 0, max_records
+    with torch.no_grad():
+        for unit in units:
+            if left == 0:
+                break
+            records = list(unit.records)[:left]
+            left -= len(records)
+            batch = _batch(records, adapter.trained[0].device)
+            if batch is None:
+                continue
+            losses, _ = token_losses(adapter.model, batch)
+            loss_sum += float(losses.double().sum())
+            tokens += losses.numel()
+            scored += 1
+    return loss_sum, tokens, scored
+
+
+def vector_length(adapter: Adapter) -> int:
+    """Coordinates of the vector: the trained tensors."""
+    return sum(parameter.numel() for parameter in adapter.trained)
+
+
+def coverage_check(adapter: Adapter) -> None:
+    """Every parameter that requires a gradient is in the clipped and noised vector, once, and nothing couples units.
+
+    Raises:
+        PrivacyCheckFailed: With the parameter's name, or the setting.
+    """
+    covered = {id(parameter) for parameter in adapter.trained}
+    if len(covered) != len(adapter.trained) or not covered:
+        raise PrivacyCheckFailed("expected each trained tensor once in the vector, got a repeated one or none")
+    reached = set()
+    for name, parameter in adapter.model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in covered:
+            raise PrivacyCheckFailed(
+                f"expected every trainable parameter in the clipped and noised vector, got {name} outside it: freeze it"
+            )
+        if parameter.requires_grad:
+            reached.add(id(parameter))
+    if reached != covered:
+        raise PrivacyCheckFailed(
+            f"expected {len(covered)} trainable tensors in the model, found {len(reached)}: the adapter is not attached"
+        )
+    if adapter.model.training:
+        raise PrivacyCheckFailed("expected the model in evaluation mode (no dropout), got training mode: call eval()")
+    if getattr(adapter.model.config, "output_router_logits", False):
+        raise PrivacyCheckFailed(
+            "expected no router loss, which couples the units of a batch, got output_router_logits: turn it off"
+        )
+
+
+def _require_noise(terms: StepTerms, noise: RoundedGaussian | None, rng: RandomBytes, length: int) -> None:
+    """The noise is the one that the terms ask for, and a private step takes no seed."""
+    if not terms.private:
+        if noise is not None:
+            raise ConfigError("expected no noise in mode none, got a noise table: correct the step's terms")
+        return
+    if isinstance(rng, SeededBytes):
+        raise PrivacyCheckFailed("expected the operating system's random source in a private step, got a seeded one")
+    stddev = _grid_stddev(terms, length)
+    if noise is None or noise.stddev != stddev:
+        came = "none" if noise is None else f"{noise.stddev:g}"
+        raise PrivacyCheckFailed(f"expected noise of {stddev:g} grid units, got {came}: nothing was released")
+
+
+def _grid_stddev(terms: StepTerms, length: int) -> float:
+    """The noise in grid units: exact, since the grid is a power of two."""
+    return terms.noise_stddev / grid(terms.noise_stddev, terms.l2_clip_norm, length)

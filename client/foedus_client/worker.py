@@ -1,0 +1,133 @@
+"""The worker: the child process that holds the base model and the data, and no keys.
+
+``python -m foedus_client.worker FD`` answers on one end of a socket pair until the other end closes. A `train` or
+`evaluate` task becomes a Flower `Message` for the `ClientApp` of `app.py`; `setup` and `check` are between the daemon
+and its worker alone. Messages are JSON of bounded length, never pickle. When the daemon dies, so does the worker,
+also in the middle of a step: two workers must not write into one work folder.
+
+An error of our own tree crosses with its text, which by the house's rule holds no record. Of any other exception only
+the class crosses, and the log gets the stack without its message: a library's text may quote what it choked on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.clientapp import ClientApp
+from foedus_protocols.errors import FoedusError, PolicyRefused, StateError
+
+from foedus_client.app import body_of, build_app, content_of
+from foedus_client.session import Session, set_threads
+from foedus_client.work import MAX_TASK_BYTES, CheckTask, EvaluateTask, Reply, Request, Setup, Task, TrainTask
+
+_LOG = logging.getLogger("foedus.worker")
+_WATCH_SECONDS = 1.0
+_TTL_SECONDS = 86_400.0
+
+
+class Worker:
+    """Answers requests one by one; the session and its app stay loaded between them."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._session: Session | None = None
+        self._app: ClientApp | None = None
+
+    def answer(self, data: bytes) -> bytes:
+        """One request, one reply; no exception leaves."""
+        try:
+            request = Request.decode(data)
+            body = self._dispatch(request)
+        except PolicyRefused as error:
+            return Reply(error=type(error).__name__, text=str(error), step=error.step).encode()
+        except FoedusError as error:
+            return Reply(error=type(error).__name__, text=str(error)).encode()
+        except Exception as error:  # The daemon is told the class; the process lives on.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("unexpected %s\n%s", type(error).__name__, frames)
+            text = f"the worker stopped with an unexpected {type(error).__name__}; see worker.log"
+            return Reply(error="RoundFailed", text=text).encode()
+        return Reply(body=body.decode()).encode()
+
+    def _dispatch(self, request: Request) -> bytes:
+        data = request.body.encode()
+        if request.kind == "setup":
+            self._session = self._app = None  # The old base goes before the new one comes.
+            session = Session.load(Setup.decode(data), work=self._work)
+            self._session, self._app = session, build_app(session)
+            return session.describe().encode()
+        if self._session is None or self._app is None:
+            raise StateError("expected a setup before anything else is asked of the worker")
+        if request.kind == "check":
+            return self._session.check(CheckTask.decode(data)).encode()
+        if request.kind == "train":
+            return run_app(self._app, "train", TrainTask.decode(data))
+        return run_app(self._app, "evaluate", EvaluateTask.decode(data))
+
+
+def run_app(app: ClientApp, message_type: str, task: Task) -> bytes:
+    """Call a `ClientApp` with a task as a Flower message, and return the reply's body."""
+    metadata = Metadata(
+        run_id=0,
+        message_id=uuid.uuid4().hex,
+        src_node_id=0,
+        dst_node_id=1,
+        reply_to_message_id="",
+        group_id="",
+        created_at=time.time(),
+        ttl=_TTL_SECONDS,
+        message_type=message_type,
+    )
+    context = Context(run_id=0, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    return body_of(app(Message(content_of(task), metadata=metadata), context))
+
+
+def serve(connection: Connection, answer: Callable[[bytes], bytes]) -> None:
+    """Answer until the other end closes."""
+    while True:
+        try:
+            data = connection.recv_bytes(MAX_TASK_BYTES)
+        except (EOFError, ConnectionResetError):
+            return
+        reply = answer(data)
+        try:
+            connection.send_bytes(reply)
+        except BrokenPipeError:
+            return
+
+
+def leave_with(parent: int) -> None:
+    """End this process soon after `parent` is no longer its parent."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """Serve on the socket whose descriptor is the only argument."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    leave_with(os.getppid())
+    set_threads()
+    serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""The daemon's end of its worker: start, ask, restart.
+
+The worker is a child started by ``exec`` on one end of a socket pair; every other descriptor of the daemon (database,
+link sockets) is closed in it. Messages are byte strings with a maximal length: ``Connection.recv`` would unpickle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess  # nosec B404: starts this program's own module, no shell
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TypeVar
+
+from foedus_protocols import errors
+from foedus_protocols.errors import FoedusError, PolicyRefused, RoundFailed
+
+from foedus_client.work import (
+    MAX_TASK_BYTES,
+    CheckReply,
+    CheckTask,
+    EvaluateReply,
+    EvaluateTask,
+    Reply,
+    Request,
+    Setup,
+    SetupReply,
+    Task,
+    Tick,
+    TrainReply,
+    TrainTask,
+)
+
+_LOG = logging.getLogger("foedus.client")
+_WAIT_SECONDS = 1.0
+_STOP_SECONDS = 5.0
+_ATTEMPTS = 2
+
+# What a worker may know of its surroundings. Proxies, tokens and the like are not in the list.
+_ENVIRONMENT = (
+    "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FOEDUS_THREADS", "FOEDUS_DEVICE",
+)  # fmt: skip
+
+R = TypeVar("R", bound=Task)
+
+
+class WorkerLost(Exception):
+    """The worker's process ended while it was asked something."""
+
+
+class WorkerProcess:
+    """A worker that is started when it is first needed and again after it died.
+
+    Guarantees:
+        The child gets the work folder, the base's path, the data files' paths and the split key in its setup, and no
+        identity or link key. (Keeping it from reading key files by itself is not done in this version.)
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        *,
+        stderr: Path | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "foedus_client.worker"),
+    ) -> None:
+        self._work = work
+        self._stderr = stderr
+        self._command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._setup: Setup | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, None while none runs."""
+        return None if self._process is None else self._process.pid
+
+    def check(self, setup: Setup, task: CheckTask, tick: Tick) -> CheckReply:
+        """Run the sensitivity and noise checks."""
+        return self._ask(setup, "check", task, CheckReply, tick)
+
+    def train(self, setup: Setup, task: TrainTask, tick: Tick) -> TrainReply:
+        """Write one vector."""
+        return self._ask(setup, "train", task, TrainReply, tick)
+
+    def evaluate(self, setup: Setup, task: EvaluateTask, tick: Tick) -> EvaluateReply:
+        """Score held-out units."""
+        return self._ask(setup, "evaluate", task, EvaluateReply, tick)
+
+    def stop(self) -> None:
+        """End the child; it is killed if it does not leave by itself."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = self._connection = self._setup = None
+
+    def _ask(self, setup: Setup, kind: str, task: Task, answer: type[R], tick: Tick) -> R:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                self._load(setup, tick)
+                return self._exchange(kind, task, answer, tick)
+            except WorkerLost:
+                self.stop()
+                _LOG.warning("the worker's process ended during %s (attempt %d of %d)", kind, attempt, _ATTEMPTS)
+        raise RoundFailed(
+            f"expected the worker to finish {kind}, its process ended {_ATTEMPTS} times; "
+            "see worker.log in the client's home (out of memory?)"
+        )
+
+    def _load(self, setup: Setup, tick: Tick) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            self._start()
+        if self._setup == setup:
+            return
+        self._setup = None
+        reply = self._exchange("setup", setup, SetupReply, tick)
+        self._setup = setup
+        _LOG.info(
+            "worker ready on %s: %d units to train on, %d held out",
+            reply.device,
+            reply.train_units,
+            reply.heldout_units,
+        )
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+        }
+        stderr = None if self._stderr is None else self._stderr.open("ab")
+        try:
+            self._process = subprocess.Popen(  # nosec B603: fixed module of this program
+                [*self._command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                env=environment,
+                cwd=self._work,
+            )
+        finally:
+            theirs.close()
+            if stderr is not None:
+                stderr.close()
+        self._connection = Connection(ours.detach())
+
+    def _exchange(self, kind: str, task: Task, answer: type[R], tick: Tick) -> R:
+        connection = self._connection
+        if connection is None:
+            raise WorkerLost
+        request = Request.model_validate({"kind": kind, "body": task.encode().decode()})
+        try:
+            connection.send_bytes(request.encode())
+            while not connection.poll(_WAIT_SECONDS):
+                tick()
+            reply = Reply.decode(connection.recv_bytes(MAX_TASK_BYTES))
+        except (EOFError, OSError) as error:
+            raise WorkerLost from error
+        except BaseException:
+            # The child may still be at work on what nobody waits for: it must not answer the next question with it.
+            self.stop()
+            raise
+        if reply.error is not None:
+            raise _error_of(reply)
+        return answer.decode((reply.body or "").encode())
+
+
+def _error_of(reply: Reply) -> FoedusError:
+    """The worker's error, as the same class of the tree."""
+    kind = getattr(errors, reply.error or "", FoedusError)
+    if not (isinstance(kind, type) and issubclass(kind, FoedusError)):
+        return FoedusError(reply.text)
+    if issubclass(kind, PolicyRefused):
+        return kind(reply.step, reply.text)
+    return kind(reply.text)

@@ -1,0 +1,253 @@
+"""A coordinator's home: one folder with its settings, keys, database and files.
+
+coordinator.toml    the settings below
+keys/               operator.pem (Ed25519), ca.pem and tls.pem (P-256), each readable by the owner alone
+ca.crt              the federation's certificate authority, which organisations pin by fingerprint
+coordinator.crt     the certificate of both ports, with the CA's behind it
+coordinator.db      everything that has to survive (`storage.py`), unless `database` names another
+files/  vectors/    what organisations pull, and what they pushed (`foedus_protocols.store`)
+variants/           the results
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cached_property
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from foedus_protocols.certificates import CertificateAuthority, parse_certificate
+from foedus_protocols.channel import TlsFiles
+from foedus_protocols.errors import ConfigError, StateError
+from foedus_protocols.files import write_durably
+from foedus_protocols.identity import (
+    check_federation_name,
+    generate_signing_key,
+    generate_tls_key,
+    load_signing_key,
+    load_tls_key,
+    save_key,
+)
+from foedus_protocols.store import FileStore
+
+from foedus_coordinator.mailbox import Mailbox
+from foedus_coordinator.members import Members
+from foedus_coordinator.storage import Storage, open_storage
+
+HOME_VARIABLE = "FOEDUS_COORDINATOR_HOME"
+DEFAULT_HOME = Path("foedus-coordinator")
+_TEMPLATE = """\
+# Settings of a Foedus coordinator. `foedus coordinator up` reads them at its start.
+
+# The federation's name; it stands in every certificate and message and cannot change.
+federation = "{federation}"
+
+# Where organisations dial: a DNS name or IP address, which is also what the certificate says.
+address = "{address}"
+link_port = {link_port}
+enrolment_port = {enrolment_port}
+
+# The local address that the ports are opened on.
+listen = "{listen}"
+
+# Large transfers at a time. Memory grows with slots, not with organisations.
+slots = 2
+
+# A SQLAlchemy URL; empty means coordinator.db in this folder.
+database = ""
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings in ``coordinator.toml``, which explains them."""
+
+    federation: str
+    address: str
+    link_port: int
+    enrolment_port: int
+    listen: str
+    slots: int = 2
+    database: str = ""
+
+    def __post_init__(self) -> None:
+        check_federation_name(self.federation)
+        for name in ("link_port", "enrolment_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"expected {name} from 0 to 65535, got {getattr(self, name)}")
+        if not self.address or self.slots < 1:
+            raise ConfigError(f"expected an address and at least one slot, got {self.address!r} and {self.slots}")
+
+    @classmethod
+    def parse(cls, text: str, source: Path) -> Self:
+        """Read settings.
+
+        Raises:
+            ConfigError: Not TOML, or a setting that is unknown, missing, of another type or out of range.
+        """
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source}: expected TOML, got: {error}") from error
+        types = {item.name: int if item.type == "int" else str for item in fields(cls)}
+        wrong = [name for name, value in values.items() if type(value) is not types.get(name)]
+        missing = [name for name in types if name not in values and name not in ("slots", "database")]
+        if wrong or missing:
+            raise ConfigError(
+                f"{source}: unknown settings or wrong types: {', '.join(wrong) or 'none'}; "
+                f"missing: {', '.join(missing) or 'none'}"
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Home:
+    """One coordinator's folder. Properties open what they name at first use."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, root: Path, config: Config) -> Self:
+        """Make the folder, the keys, the CA, both certificates and the empty roster.
+
+        Raises:
+            StateError: The folder holds something already.
+        """
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise StateError(f"expected an empty or absent folder, {root} is not; choose another with --home")
+        # Built beside its place and renamed, so that a home is whole or not there.
+        part = root.with_name(root.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        (part / "keys").mkdir(parents=True, mode=0o700)
+        values = {item.name: getattr(config, item.name) for item in fields(config)}
+        write_durably(part / "coordinator.toml", _TEMPLATE.format(**values).encode())
+        home = cls(part)
+        save_key(home.key_path("operator"), generate_signing_key())
+        save_key(home.key_path("tls"), generate_tls_key())
+        CertificateAuthority.create(config.federation).save(part / "ca.crt", home.key_path("ca"))
+        home.renew_certificate()
+        home.members.found(config.federation, home.operator_key)
+        home.storage.close()
+        part.rename(root)
+        return cls(root)
+
+    @cached_property
+    def config(self) -> Config:
+        """The settings.
+
+        Raises:
+            ConfigError: There is no coordinator here, or its settings are malformed.
+        """
+        path = self.root / "coordinator.toml"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"expected a coordinator in {self.root}, got: {error.strerror}; make one with "
+                f"`foedus coordinator init`, or name its folder with --home or {HOME_VARIABLE}"
+            ) from error
+        return Config.parse(text, path)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The database, brought up to date."""
+        return open_storage(self.config.database or f"sqlite:///{self.root / 'coordinator.db'}")
+
+    @cached_property
+    def files(self) -> FileStore:
+        """What organisations may pull."""
+        return FileStore(self.root / "files")
+
+    @cached_property
+    def vectors(self) -> FileStore:
+        """What organisations pushed; nobody pulls from it."""
+        return FileStore(self.root / "vectors")
+
+    @cached_property
+    def mailbox(self) -> Mailbox:
+        """Control messages."""
+        return Mailbox(self.storage)
+
+    @cached_property
+    def members(self) -> Members:
+        """Tokens, requests, rosters."""
+        return Members(self.storage, self.files)
+
+    @cached_property
+    def operator_key(self) -> Ed25519PrivateKey:
+        """What signs charters, rosters, messages, receipts and manifests."""
+        return load_signing_key(self.key_path("operator"))
+
+    @cached_property
+    def authority(self) -> CertificateAuthority:
+        """The federation's CA."""
+        return CertificateAuthority.load(self.root / "ca.crt", self.key_path("ca"))
+
+    @property
+    def tls(self) -> TlsFiles:
+        """The files behind both ports."""
+        return TlsFiles(certificate=self.root / "coordinator.crt", key=self.key_path("tls"), ca=self.root / "ca.crt")
+
+    def key_path(self, name: str) -> Path:
+        """Where a private key lies."""
+        return self.root / "keys" / f"{name}.pem"
+
+    def renew_certificate(self) -> bool:
+        """Issue the ports' certificate anew once half of its life is over; returns whether that was so."""
+        path = self.root / "coordinator.crt"
+        if path.exists():
+            current = parse_certificate(path.read_bytes())
+            half = current.not_valid_before_utc + (current.not_valid_after_utc - current.not_valid_before_utc) / 2
+            if datetime.now(UTC) < half:
+                return False
+        key = load_tls_key(self.key_path("tls"))
+        chain = self.authority.issue_server_certificate(
+            key.public_key(), federation=self.config.federation, hosts=[self.config.address]
+        )
+        write_durably(path, chain)
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the home: one coordinator at a time serves from it.
+
+        Raises:
+            StateError: Another process does.
+        """
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StateError(f"expected no coordinator to run in {self.root}, another process does") from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_locked(self) -> bool:
+        """Whether a coordinator serves from this home."""
+        try:
+            with self.locked():
+                return False
+        except StateError:
+            return True
+
+
+def default_listen(address: str) -> str:
+    """Loopback stays loopback; everything else listens on all interfaces."""
+    if address == "localhost":
+        return "127.0.0.1"
+    try:
+        parsed: Any = ip_address(address)
+    except ValueError:
+        return "0.0.0.0"  # nosec B104  # A DNS name says nothing about local interfaces; the setting is in the file.
+    return address if parsed.is_loopback else "0.0.0.0"  # nosec B104

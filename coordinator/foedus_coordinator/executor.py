@@ -1,0 +1,124 @@
+"""The coordinator as a running process: two ports, and one thread for each run that is not finished."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from foedus_protocols.charter import Charter
+from foedus_protocols.enrolment import serve_enrolment
+from foedus_protocols.errors import FoedusError
+from foedus_protocols.identity import public_hex
+from foedus_protocols.link import serve_link
+from sqlalchemy.exc import SQLAlchemyError
+
+from foedus_coordinator.app import start
+from foedus_coordinator.config import Home
+from foedus_coordinator.grid import LinkGrid
+from foedus_coordinator.run import Interrupted, Run
+from foedus_coordinator.service import EnrolmentDesk, LinkDesk
+from foedus_coordinator.storage import RunRow
+from foedus_coordinator.variant import write_variant
+
+_LOOK_SECONDS = 0.5  # How long a run that the command line started waits to be picked up.
+_RENEW_SECONDS = 3600.0
+
+
+def serve(home: Home, *, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Serve until `stop` is set; runs that were interrupted go on where they were.
+
+    Raises:
+        StateError: Another process serves this home, or a port is taken.
+    """
+    with home.locked():
+        home.renew_certificate()
+        config = home.config
+        link = serve_link(f"{config.listen}:{config.link_port}", _link_desk(home), home.tls, slots=config.slots)
+        enrolment_desk = EnrolmentDesk(
+            members=home.members,
+            federation=config.federation,
+            operator_key=public_hex(home.operator_key),
+            ca_pem=home.authority.pem,
+            link_address=f"{config.address}:{link.port}",
+        )
+        enrolment = serve_enrolment(f"{config.listen}:{config.enrolment_port}", enrolment_desk, home.tls)
+        say(
+            f"listening: federation {config.federation}, link {config.address}:{link.port}, "
+            f"enrolment {config.address}:{enrolment.port}"
+        )
+        threads: dict[str, threading.Thread] = {}
+        try:
+            _watch(home, threads, stop, say)
+        finally:
+            stop.set()
+            enrolment.stop()
+            link.stop()
+            for thread in threads.values():
+                thread.join()
+            home.storage.close()
+
+
+def run_of(home: Home, row: RunRow, *, stop: threading.Event, say: Callable[[str], None]) -> Run:
+    """Put together what a run's steps reach for."""
+    charter = Charter.parse(home.files.path(row.charter_digest).read_bytes())
+    grid = LinkGrid(
+        storage=home.storage,
+        mailbox=home.mailbox,
+        members=home.members,
+        key=home.operator_key,
+        federation=home.config.federation,
+        run_name=row.id,
+        orgs=sorted(participant.id for participant in charter.participants),
+    )
+    return Run(
+        id=row.id,
+        charter=charter,
+        storage=home.storage,
+        mailbox=home.mailbox,
+        grid=grid,
+        files=home.files,
+        vectors=home.vectors,
+        stop=stop,
+        say=say,
+        write_variant=lambda run, chain: write_variant(
+            run, chain, folder=home.root / "variants", key=home.operator_key
+        ),
+    )
+
+
+def _link_desk(home: Home) -> LinkDesk:
+    return LinkDesk(
+        storage=home.storage,
+        mailbox=home.mailbox,
+        members=home.members,
+        files=home.files,
+        vectors=home.vectors,
+        key=home.operator_key,
+        federation=home.config.federation,
+    )
+
+
+def _watch(home: Home, threads: dict[str, threading.Thread], stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Start a thread for each run that needs one, and renew the certificate, until told to stop."""
+    renew_at = time.monotonic() + _RENEW_SECONDS
+    while not stop.wait(_LOOK_SECONDS):
+        for row in home.storage.runs():
+            if row.state != "finished" and row.id not in threads:
+                run = run_of(home, row, stop=stop, say=say)
+                threads[row.id] = threading.Thread(target=_execute, args=(run,), name=f"run-{row.id}")
+                threads[row.id].start()
+        if time.monotonic() > renew_at:
+            renew_at += _RENEW_SECONDS
+            if home.renew_certificate():
+                say("the ports' certificate was renewed")
+
+
+def _execute(run: Run) -> None:
+    """One run's thread. An error leaves the run as it is in the database: it goes on at the next start."""
+    try:
+        start(run, run.grid)
+    except Interrupted:
+        run.say(f"{run.id}: interrupted, goes on at the next start")
+    except (FoedusError, OSError, SQLAlchemyError) as error:
+        run.say(f"{run.id}: stopped by an error, goes on at the next start: {error}")

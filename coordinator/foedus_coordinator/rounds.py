@@ -1,0 +1,387 @@
+"""A run as the coordinator lives it: agree, then round after round, then close. Read it from `execute` down.
+
+Every step reads where the run is from the database, does its part, and writes down that it did before anyone acts on
+it. A step that finds its work done returns at once. So a coordinator that was killed runs `execute` again and goes on,
+with the same survivors, the same sum and no vector lost. Every wait ends by the charter's one setting,
+`schedule.round_seconds`.
+
+Without masks the steps `keys`, `shares`, `survivors` and `unmask` of ``docs/protocol.md`` section 5 are absent, and the
+coordinator sees each organisation's noised vector.
+"""
+
+from __future__ import annotations
+
+from foedus_protocols import codec
+from foedus_protocols.charter import verify_charter_signature
+from foedus_protocols.errors import RoundFailed, VerificationError
+from foedus_protocols.messages import (
+    AdvanceAnswer,
+    AdvanceOrder,
+    Agreement,
+    CharterAnswer,
+    CharterOffer,
+    CloseAnswer,
+    CloseNotice,
+    EvaluateAnswer,
+    EvaluateOrder,
+    TrainAnswer,
+    TrainOrder,
+)
+
+from foedus_coordinator import figures
+from foedus_coordinator.chain import Chain
+from foedus_coordinator.run import Outcome, Run, RunEnded
+from foedus_coordinator.storage import RoundRow
+
+
+def execute(run: Run) -> None:
+    """Bring a run from wherever it is to its end.
+
+    Raises:
+        Interrupted: The coordinator shuts down; call again after the next start.
+    """
+    started = run.clock()
+    state = run.storage.run(run.id).state
+    for row in run.storage.rounds(run.id):
+        if row.state in ("closed", "failed"):
+            # A kill between a round's end and the erasing of its vectors leaves them lying.
+            run.storage.erase_vectors(run.id, row.number, run.vectors.delete)
+    try:
+        if state == "agreeing":
+            agree(run)
+        if state in ("agreeing", "running"):
+            chain = catch_up(run)
+            while (number := next_round(run)) is not None:
+                play_round(run, number, chain, started)
+            outcome: Outcome = "complete" if chain.closed else "failed"
+            decide(run, outcome, f"{chain.closed} of {run.charter.privacy.rounds} rounds closed")
+    except RunEnded as end:
+        decide(run, end.outcome, end.reason)
+    if state != "finished":
+        conclude(run)
+
+
+def play_round(run: Run, number: int, chain: Chain, started: float) -> None:
+    """One round, step by step; `started` is when this coordinator came up."""
+    offer(run, number, chain)
+    collect(run, number, started)
+    add(run, number)
+    advance(run, number, chain)
+    confirm(run, number)
+    close_round(run, number)
+
+
+# Before the first round
+
+
+def agree(run: Run) -> None:
+    """Offer the charter to every participant, and keep the file with all signatures once they are there.
+
+    Raises:
+        RunEnded: Somebody refused, signed something else, or the charter expired first.
+    """
+    run.wait(lambda: False, run.charter.not_before)
+    signature = run.storage.run(run.id).operator_signature
+    body = CharterOffer(charter_digest=run.charter.digest, operator_signature=signature)
+    ids = run.ask("charter", dict.fromkeys(run.orgs, body))
+
+    def everyone_answered() -> bool:
+        answers = run.answers(ids, CharterAnswer)
+        signed = {org for org, (signature, _) in run.storage.signatures(run.id).items() if signature is not None}
+        for org in sorted(answers.keys() - signed):
+            _record_signature(run, org, answers[org])
+        return len(answers) == len(run.orgs)
+
+    if not run.wait(everyone_answered, run.charter.expires):
+        missing = [org for org, (signed, _) in run.storage.signatures(run.id).items() if signed is None]
+        raise RunEnded("failed", f"the charter expired before {', '.join(missing)} answered")
+    signatures = {org: signed for org, (signed, _) in run.storage.signatures(run.id).items() if signed is not None}
+    agreement = Agreement(charter_digest=run.charter.digest, operator_signature=signature, signatures=signatures)
+    digest = run.publish(agreement)
+    run.storage.update_run(run.id, state="running", agreement_digest=digest)
+    run.say(f"{run.id}: all {len(run.orgs)} organisations signed")
+
+
+def catch_up(run: Run) -> Chain:
+    """Replay the closed rounds.
+
+    Raises:
+        RoundFailed: The files on disk give another adapter than the one that was announced.
+    """
+    chain = Chain(run.charter, run=run.id, files=run.files)
+    for row in run.storage.rounds(run.id):
+        if row.state == "closed" and row.sum_digest is not None:
+            found = chain.advance(number=row.number, survivors=row.survivors, sum_digest=row.sum_digest)
+            if found != row.adapter_digest:
+                raise RoundFailed(
+                    f"expected the adapter {row.adapter_digest} after round {row.number} of {run.id}, its sums give "
+                    f"{found}; restore the coordinator's files, or use the version that wrote them"
+                )
+    return chain
+
+
+def next_round(run: Run) -> int | None:
+    """The round that is open, else the next one, or None after the charter's last.
+
+    Raises:
+        RunEnded: The charter has expired, or a short round ended the run.
+    """
+    rounds = run.storage.rounds(run.id)
+    if rounds and rounds[-1].state not in ("closed", "failed"):
+        return rounds[-1].number
+    if rounds and rounds[-1].state == "failed" and run.charter.schedule.on_short_round == "end":
+        raise RunEnded("stopped", rounds[-1].reason or "a round was short")
+    if len(rounds) >= run.charter.privacy.rounds:
+        return None
+    if run.clock() > run.charter.expires:
+        raise RunEnded("stopped", f"the charter expired after round {len(rounds)}")
+    return len(rounds) + 1
+
+
+# The steps of a round
+
+
+def offer(run: Run, number: int, chain: Chain) -> None:
+    """Open the round, and ask every organisation for its vector."""
+    with run.timed(number, "offer"):
+        run.mailbox.withdraw(run.id, before_round=number)
+        run.storage.add_round(
+            run.id,
+            number,
+            deadline=run.clock() + run.charter.schedule.round_seconds,
+            start_digest=chain.digest,
+            history_digest=run.publish(run.history()),
+        )
+        _order(run, run.storage.round(run.id, number))
+
+
+def collect(run: Run, number: int, started: float) -> None:
+    """Wait for the vectors, then freeze whose are in: stored before anything is added, and never changed.
+
+    Raises:
+        RunEnded: So many refused that `min_survivors` cannot be reached.
+    """
+    with run.timed(number, "train"):
+        while run.storage.round(run.id, number).state == "offered":
+            row = run.storage.round(run.id, number)
+            # A coordinator that was away past the deadline does not hold that against the organisations.
+            missed = row.deadline < started and len(_included(run, number)) < run.charter.masks.min_survivors
+            if missed or not _collect_attempt(run, row):
+                _reopen(run, row)
+
+
+def add(run: Run, number: int) -> None:
+    """Add the survivors' words, chunk by chunk, and publish the sum packed in the ring's bits."""
+    row = run.storage.round(run.id, number)
+    if row.state != "frozen":
+        return
+    with run.timed(number, "sum"):
+        digests = {vector.org: vector.digest for vector in run.storage.vectors(run.id, number)}
+        part = run.files.root / f"sum-{run.id}-{number}.part"
+        part.unlink(missing_ok=True)
+        paths = [run.vectors.path(digests[org]) for org in row.survivors]
+        codec.add_packed_files(paths, coding=run.charter.coding(), out=part)
+        digest = run.files.put(part, move=True)
+        run.allow(digest)
+        run.storage.update_round(run.id, number, state="summed", sum_digest=digest)
+
+
+def advance(run: Run, number: int, chain: Chain) -> None:
+    """Compute the adapter that follows, and write it into the history."""
+    row = run.storage.round(run.id, number)
+    if row.state not in ("summed", "advanced") or row.sum_digest is None:
+        return
+    with run.timed(number, "advance"):
+        digest = chain.advance(number=number, survivors=row.survivors, sum_digest=row.sum_digest)
+        run.storage.update_round(run.id, number, state="advanced", adapter_digest=digest)
+
+
+def confirm(run: Run, number: int) -> None:
+    """Tell everybody the sum, and compare the adapter that each computed from it.
+
+    Survivors are waited for until the round's deadline passes once more; a member that stays away compares when it is
+    back, before it trains again.
+
+    Raises:
+        RunEnded: Somebody computed another adapter.
+    """
+    row = run.storage.round(run.id, number)
+    if row.state != "advanced":
+        return
+    with run.timed(number, "confirm"):
+        body = AdvanceOrder(charter_digest=run.charter.digest, round=number, history_digest=run.publish(run.history()))
+        ids = run.ask("advance", dict.fromkeys(run.orgs, body), round=number, attempt=row.attempt)
+
+        def survivors_answered() -> bool:
+            answers = run.answers(ids, AdvanceAnswer)
+            others = sorted(org for org, answer in answers.items() if answer.adapter_digest != row.adapter_digest)
+            if others:
+                raise RunEnded(
+                    "failed", f"after round {number} {', '.join(others)} computed another adapter than the coordinator"
+                )
+            return answers.keys() >= set(row.survivors)
+
+        run.wait(survivors_answered, run.clock() + run.charter.schedule.round_seconds)
+        run.storage.update_round(run.id, number, state="closed")
+
+
+def close_round(run: Run, number: int) -> None:
+    """Erase the vectors; the sum stays."""
+    with run.timed(number, "close"):
+        run.storage.erase_vectors(run.id, number, run.vectors.delete)
+        row = run.storage.round(run.id, number)
+        done = ", ".join(row.survivors) if row.state == "closed" else row.reason
+        run.say(f"{run.id}: round {number} of {run.charter.privacy.rounds} {row.state} ({done})")
+
+
+# After the last round
+
+
+def decide(run: Run, outcome: Outcome, reason: str) -> None:
+    """Write down how the run ends, before anything acts on it."""
+    run.storage.update_run(run.id, state="closing", outcome=outcome, reason=reason)
+
+
+def conclude(run: Run) -> None:
+    """Score the last adapter where the charter allows it, write the variant, tell everybody, finish."""
+    row = run.storage.run(run.id)
+    for kind in ("charter", "train", "advance"):
+        run.mailbox.withdraw(run.id, only=kind)
+    abandon(run)
+    if row.outcome in ("complete", "stopped"):
+        chain = catch_up(run)
+        if chain.closed:
+            if run.charter.evaluation.term == "plain":
+                evaluate(run, chain)
+            folder = run.write_variant(run, chain)
+            run.storage.update_run(run.id, variant=str(folder))
+    tell(run, row.outcome or "failed", row.reason or "")
+    run.storage.update_run(run.id, state="finished", finished=run.clock())
+    run.say(f"{run.id}: {row.outcome} ({row.reason})")
+
+
+def abandon(run: Run) -> None:
+    """Fail the round that the run's end cut short, and erase its vectors."""
+    for other in run.storage.rounds(run.id):
+        if other.state not in ("closed", "failed"):
+            run.storage.update_round(run.id, other.number, state="failed", reason="the run ended")
+            run.storage.erase_vectors(run.id, other.number, run.vectors.delete)
+
+
+def evaluate(run: Run, chain: Chain) -> None:
+    """One round of scores without training: what the last adapter is worth."""
+    number = len(run.storage.rounds(run.id)) + 1
+    with run.timed(number, "evaluate"):
+        deadline = run.clock() + run.charter.schedule.round_seconds
+        body = EvaluateOrder(
+            charter_digest=run.charter.digest,
+            agreement_digest=run.agreement(),
+            round=number,
+            adapter_digest=chain.digest,
+            history_digest=run.publish(run.history()),
+            deadline=deadline,
+        )
+        ids = run.ask("evaluate", dict.fromkeys(run.orgs, body), round=number, attempt=1)
+        run.wait(lambda: len(run.answers(ids, EvaluateAnswer)) == len(run.orgs), deadline)
+        for org, answer in run.answers(ids, EvaluateAnswer).items():
+            if answer.scores is not None:
+                with run.storage.write() as connection:
+                    figures.add_scores(connection, run.id, chain.closed, org, answer.scores)
+        run.mailbox.withdraw(run.id, only="evaluate")
+
+
+def tell(run: Run, outcome: Outcome, reason: str) -> None:
+    """Give everybody the end of the run; who is away finds the notice when it is back."""
+    body = CloseNotice(charter_digest=run.charter.digest, outcome=outcome, reason=reason)
+    ids = run.ask("close", dict.fromkeys(run.orgs, body))
+    deadline = run.clock() + run.charter.schedule.round_seconds
+    run.wait(lambda: len(run.answers(ids, CloseAnswer)) == len(run.orgs), deadline)
+
+
+# How a round's vectors are waited for
+
+
+def _order(run: Run, row: RoundRow) -> None:
+    """Queue this attempt's order for everybody whose vector is not in."""
+    body = TrainOrder(
+        charter_digest=run.charter.digest,
+        agreement_digest=run.agreement(),
+        round=row.number,
+        attempt=row.attempt,
+        adapter_digest=row.start_digest,
+        history_digest=row.history_digest,
+        deadline=row.deadline,
+        evaluate=run.charter.evaluation.term == "plain" and (row.number - 1) % run.charter.evaluation.every == 0,
+    )
+    missing = set(run.orgs) - _included(run, row.number)
+    run.ask("train", dict.fromkeys(sorted(missing), body), round=row.number, attempt=row.attempt)
+
+
+def _collect_attempt(run: Run, row: RoundRow) -> bool:
+    """Wait for one attempt; True once the round is frozen or failed, False where it is to be offered again."""
+    enough = run.charter.masks.min_survivors
+    _order(run, row)
+    ids = run.mailbox.latest(run.id, row.number, "train")
+
+    def everyone_answered() -> bool:
+        answers = run.answers(ids, TrainAnswer)
+        refused = {org: answer.refused_step for org, answer in answers.items() if answer.refused_step is not None}
+        if len(run.orgs) - len(refused) < enough:
+            steps = ", ".join(f"{org} at check {step}" for org, step in sorted(refused.items()))
+            raise RunEnded("refused", f"round {row.number} was refused by {steps}")
+        return len(answers) == len(run.orgs)
+
+    everyone = run.wait(everyone_answered, row.deadline)
+    _keep_scores(run, row, ids)
+    short = None if run.charter.schedule.on_short_round == "wait" else _missing(run, row.number)
+    if run.storage.freeze(run.id, row.number, at_least=enough, short=short):
+        run.mailbox.withdraw(run.id, only="train")
+        return True
+    if everyone:
+        # Everybody has answered and too few sent a vector: asking again at once would only go round in circles.
+        run.wait(lambda: False, row.deadline)
+    return False
+
+
+def _reopen(run: Run, row: RoundRow) -> None:
+    """Offer a short round again to whoever is missing; the vectors that are there stay valid.
+
+    Raises:
+        RunEnded: The charter has expired.
+    """
+    if run.clock() > run.charter.expires:
+        raise RunEnded("stopped", f"the charter expired in round {row.number}: {_missing(run, row.number)}")
+    missing = set(run.orgs) - _included(run, row.number)
+    run.mailbox.withdraw(run.id, only="train", orgs=missing)
+    deadline = run.clock() + run.charter.schedule.round_seconds
+    run.storage.update_round(run.id, row.number, attempt=row.attempt + 1, deadline=deadline)
+    run.say(f"{run.id}: round {row.number} is offered again, {_missing(run, row.number)}")
+
+
+def _included(run: Run, number: int) -> set[str]:
+    return {vector.org for vector in run.storage.vectors(run.id, number) if vector.verdict == "included"}
+
+
+def _missing(run: Run, number: int) -> str:
+    missing = sorted(set(run.orgs) - _included(run, number))
+    return f"no vector from {', '.join(missing)}" if missing else "no vector is missing"
+
+
+def _keep_scores(run: Run, row: RoundRow, ids: dict[str, str]) -> None:
+    closed = sum(other.state == "closed" for other in run.storage.rounds(run.id))
+    with run.storage.write() as connection:
+        for org, answer in run.answers(ids, TrainAnswer).items():
+            if answer.scores is not None and run.charter.evaluation.term == "plain":
+                figures.add_scores(connection, run.id, closed, org, answer.scores)
+
+
+def _record_signature(run: Run, org: str, answer: CharterAnswer) -> None:
+    if answer.refused_step is not None or answer.signature is None:
+        step = answer.refused_step or 0
+        run.storage.record_signature(run.id, org, signature=None, refused_step=step)
+        raise RunEnded("refused", f"{org} refused the charter at check {step}")
+    try:
+        verify_charter_signature(run.charter.participant(org).signing_key, run.charter.digest, answer.signature)
+    except VerificationError as error:
+        raise RunEnded("failed", f"{org} answered with a signature that does not fit the charter") from error
+    run.storage.record_signature(run.id, org, signature=answer.signature, refused_step=None)

@@ -1,0 +1,144 @@
+"""What the steps of a run stand on: its terms, its files, its messages, and waiting that a shutdown can interrupt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from foedus_protocols.charter import Charter
+from foedus_protocols.errors import RoundFailed
+from foedus_protocols.messages import Body, ClosedRound, History
+from foedus_protocols.store import FileStore
+
+from foedus_coordinator import figures
+from foedus_coordinator.chain import Chain
+from foedus_coordinator.grid import LinkGrid
+from foedus_coordinator.mailbox import Mailbox
+from foedus_coordinator.storage import Storage
+
+Outcome = Literal["complete", "failed", "refused", "stopped"]
+Answer = TypeVar("Answer", bound=Body)
+_POLL_SECONDS = 1.0  # How long a change by another process, or a shutdown, may go unnoticed.
+
+
+class Interrupted(Exception):
+    """The coordinator is shutting down; the run goes on when it is started again."""
+
+
+class RunEnded(Exception):
+    """The run cannot go on; it is closed with this outcome."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome: Outcome = outcome
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run and what its steps reach for.
+
+    Attributes:
+        files: What organisations pull: charter, agreement, histories, sums.
+        vectors: What organisations pushed; nobody pulls from it.
+        stop: Set when the coordinator shuts down.
+        say: Takes one line of progress.
+        write_variant: Writes the result and returns its folder (`variant.py`).
+        clock: Unix seconds.
+    """
+
+    id: str
+    charter: Charter
+    storage: Storage
+    mailbox: Mailbox
+    grid: LinkGrid
+    files: FileStore
+    vectors: FileStore
+    stop: threading.Event
+    say: Callable[[str], None]
+    write_variant: Callable[[Run, Chain], Path]
+    clock: Callable[[], float] = time.time
+
+    @property
+    def orgs(self) -> list[str]:
+        """The participants, in ascending order."""
+        return sorted(participant.id for participant in self.charter.participants)
+
+    def ask(self, kind: str, bodies: Mapping[str, Body], *, round: int = 0, attempt: int = 0) -> dict[str, str]:
+        """Queue one message for each organisation, durably; returns their ids by organisation."""
+        messages = [self.grid.message(org, kind, body, round=round, attempt=attempt) for org, body in bodies.items()]
+        return dict(zip(bodies, self.grid.push_messages(messages), strict=True))
+
+    def answers(self, ids: Mapping[str, str], kind: type[Answer]) -> dict[str, Answer]:
+        """The answers that have come to these messages, by organisation."""
+        replies = self.grid.pull_messages(ids.values())
+        return {self.grid.sender(reply): kind.decode(self.grid.body(reply)) for reply in replies}
+
+    def wait(self, done: Callable[[], bool], deadline: float) -> bool:
+        """Wait until `done` or the deadline; returns whether it was done.
+
+        Raises:
+            Interrupted: The coordinator shuts down.
+        """
+        while True:
+            since = self.storage.generation
+            if self.stop.is_set():
+                raise Interrupted(self.id)
+            if done():
+                return True
+            left = deadline - self.clock()
+            if left <= 0:
+                return False
+            self.storage.wait(min(left, _POLL_SECONDS), since=since)
+
+    def publish(self, body: Body) -> str:
+        """Put a file where the participants may pull it; returns its digest."""
+        digest = self.files.put_bytes(body.encode())
+        self.allow(digest)
+        return digest
+
+    def allow(self, digest: str) -> None:
+        """Let the participants pull a file that is in the store."""
+        with self.storage.write() as connection:
+            figures.publish(connection, digest, self.id)
+
+    def agreement(self) -> str:
+        """Digest of the file with everyone's signatures.
+
+        Raises:
+            RoundFailed: Not everybody has signed yet.
+        """
+        digest = self.storage.run(self.id).agreement_digest
+        if digest is None:
+            raise RoundFailed(f"expected the agreement of {self.id} to be on disk before its first round, it is not")
+        return digest
+
+    def history(self) -> History:
+        """The rounds that lead to the newest adapter, the one that was just advanced included."""
+        closed = [
+            ClosedRound(
+                round=row.number,
+                attempt=row.attempt,
+                survivors=list(row.survivors),
+                sum_digest=row.sum_digest,
+                adapter_digest=row.adapter_digest,
+            )
+            for row in self.storage.rounds(self.id)
+            if row.state in ("advanced", "closed") and row.sum_digest is not None and row.adapter_digest is not None
+        ]
+        return History(charter_digest=self.charter.digest, rounds=closed)
+
+    @contextmanager
+    def timed(self, number: int, phase: str) -> Iterator[None]:
+        """Add what the block takes to the round's seconds in this phase."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            with self.storage.write() as connection:
+                figures.add_seconds(connection, self.id, number, phase, time.monotonic() - begun)

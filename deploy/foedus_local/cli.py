@@ -1,0 +1,90 @@
+"""``foedus demo``: the main job in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from foedus_client.datasets.cli import shipped_base
+from foedus_protocols.console import Format, FormatOption, emit, progress_console
+from foedus_protocols.errors import UsageError
+
+from foedus_local.plan import Plan, Terms, plan_data, plan_invented
+
+app = typer.Typer(help="A whole federation on this machine.")
+
+_DOMAIN = "medical"
+
+
+@app.command()
+def demo(
+    domain: Annotated[str | None, typer.Option(help="Invented text of clinics (medical) or law firms (legal).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with your own files instead: one file, one organisation.")
+    ] = None,
+    unit: Annotated[
+        list[str] | None,
+        typer.Option("--unit", help="With --data: FIELD that is the unit, NAME=FIELD, or record."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", help="With --data: FILE:question=COLUMN,answer=COLUMN, or FILE:text=COLUMN."),
+    ] = None,
+    epsilon: Annotated[float, typer.Option(help="What one unit may lose.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="At most 1/(10 x units) of every organisation.")] = 1e-5,
+    rounds: Annotated[int, typer.Option(help="Rounds.")] = 10,
+    seed: Annotated[
+        int, typer.Option(help="Invented text and held-out split; without privacy every draw. Never noise.")
+    ] = 0,
+    no_privacy: Annotated[bool, typer.Option("--no-privacy", help="No noise. What comes out is NOT PRIVATE.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Where everything goes; default: ./foedus-demo.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The base model's folder; default: the shipped tiny.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest record.")] = 256,
+    max_records_per_unit: Annotated[int, typer.Option(help="Records of one unit in a step.")] = 4,
+    expected_units: Annotated[int, typer.Option(help="Expected units of one organisation a round, at most.")] = 64,
+    max_heldout_records: Annotated[int, typer.Option(help="Held-out records of one organisation.")] = 100,
+    rate: Annotated[float, typer.Option(help="Learning rate of Adam on the sum.")] = 0.01,
+    clip: Annotated[float, typer.Option(help="Bound on one unit's gradient.")] = 0.15,
+    evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out scores.")] = 1,
+    round_seconds: Annotated[float, typer.Option(help="Deadline of a round.")] = 1800.0,
+    output: FormatOption = Format.text,
+) -> None:
+    """Run a coordinator and its organisations as separate processes, and train one adapter together."""
+    from foedus_local.demo import demo_folder, run_demo
+    from foedus_local.report import draw, show
+
+    if data is not None and domain is not None:
+        raise UsageError("expected --domain or --data, got both")
+    terms = Terms(
+        private=not no_privacy, epsilon=epsilon, delta=delta, rounds=rounds, seed=seed, max_tokens=max_tokens,
+        max_records_per_unit=max_records_per_unit, expected_units=expected_units,
+        max_heldout_records=max_heldout_records, rate=rate, l2_clip_norm=clip, evaluate_every=evaluate_every,
+        round_seconds=round_seconds,
+    )  # fmt: skip
+    model = base or shipped_base()
+    with demo_folder(folder or Path("foedus-demo" if terms.private else "foedus-demo-NOT-PRIVATE")) as place:
+        if data is None:
+            plan = plan_invented(place / "data", domain or _DOMAIN, terms)
+        else:
+            plan = plan_data(data, unit or [], columns or [], model, terms)
+        _announce(plan)
+        result = run_demo(plan, place, model)
+        draw(result, place / "coordinator", result.variant / "rounds.png")
+    emit(result.summary(), output, lambda console: show(result, console))
+
+
+def _announce(plan: Plan) -> None:
+    """Say what is about to happen, and what would be a person's decision."""
+    names = ", ".join(f"{one.org} ({one.unit})" for one in plan.organisations)
+    progress_console.print(f"[bold]A federation on this machine[/bold]: {names}", highlight=False)
+    progress_console.print(
+        "  For the demo every organisation's policy says auto_sign = true and confirms its peers unseen; "
+        "elsewhere people decide.",
+        highlight=False,
+    )
+    if not plan.terms.private:
+        progress_console.print(
+            "  [bold red]NOT PRIVATE[/bold red]: clipped gradient sums leave without noise, and held-out scores too.",
+            highlight=False,
+        )

@@ -1,0 +1,157 @@
+"""What a demo will do: whose data, which terms, how much budget. Everything is decided here, before anything starts."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foedus_client.datasets.load import load_dataset
+from foedus_client.datasets.readers import stem
+from foedus_client.datasets.units import parse_columns, parse_units, unit_field
+from foedus_protocols.errors import DataError, UsageError
+from foedus_protocols.manifest import TOKENIZER_FILE
+
+from foedus_local.federation import PURPOSE, Organisation
+from foedus_local.text import DOMAINS, write_demo_text
+
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The free terms of a demo's charter (units in the names; `docs/privacy.md` explains each)."""
+
+    private: bool
+    epsilon: float
+    delta: float
+    rounds: int
+    seed: int
+    max_tokens: int
+    max_records_per_unit: int
+    expected_units: int
+    max_heldout_records: int
+    rate: float
+    l2_clip_norm: float
+    evaluate_every: int
+    round_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A demo, decided.
+
+    Attributes:
+        domain: What the card calls it.
+        organisations: Who takes part, with what.
+        unit: The privacy unit in words.
+        terms: The charter's free terms.
+    """
+
+    domain: str
+    organisations: tuple[Organisation, ...]
+    unit: str
+    terms: Terms
+
+    def charter(self) -> dict[str, Any]:
+        """The charter as `foedus coordinator run start` takes it."""
+        terms = self.terms
+        privacy: dict[str, Any] = {
+            "mode": "local" if terms.private else "none",
+            "rounds": terms.rounds,
+            "l2_clip_norm": terms.l2_clip_norm,
+            "target_units": terms.expected_units,
+        }
+        if terms.private:
+            privacy |= {"epsilon": terms.epsilon, "delta": terms.delta}
+        return {
+            "name": f"demo-{self.domain}",
+            "purpose": PURPOSE,
+            "domain": self.domain,
+            # In private runs nothing takes a seed.
+            **({} if terms.private else {"seed": terms.seed}),
+            "participants": [
+                {"id": one.org, "unit": one.unit, "units_at_most": one.units_at_most} for one in self.organisations
+            ],
+            "recipe": {
+                "max_tokens": terms.max_tokens,
+                "max_records_per_unit": terms.max_records_per_unit,
+                "optimiser": {"rate": terms.rate},
+            },
+            "privacy": privacy,
+            "schedule": {"round_seconds": terms.round_seconds},
+            "evaluation": {
+                "term": "plain",
+                "every": terms.evaluate_every,
+                "max_records": terms.max_heldout_records,
+            },
+        }
+
+
+def plan_invented(folder: Path, domain: str, terms: Terms) -> Plan:
+    """A demo on invented text, written into `folder`."""
+    if domain not in DOMAINS:
+        raise UsageError(f"expected --domain {' or '.join(DOMAINS)}, got {domain!r}")
+    text = write_demo_text(folder, domain=domain, seed=terms.seed)
+    organisations = tuple(
+        Organisation(org=org, file=path, unit=text.unit, units_at_most=power_of_two(text.units[org]))
+        for org, path in text.files.items()
+    )
+    return Plan(domain=domain, organisations=organisations, unit=text.unit, terms=terms)
+
+
+def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: Path, terms: Terms) -> Plan:
+    """A demo on the user's own files: one file, one organisation.
+
+    Raises:
+        DataError: No such folder, or fewer than two files in it.
+        UsageError: A file's unit is not given, or two files give one name.
+    """
+    if not folder.is_dir():
+        raise DataError(f"expected a folder with one data file for each organisation, got {folder}")
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(DATA_SUFFIXES))
+    if len(files) < 2:
+        raise DataError(f"expected at least two data files ({', '.join(DATA_SUFFIXES)}) in {folder}, got {len(files)}")
+    chosen, mapped = parse_units(units), parse_columns(columns)
+    organisations = tuple(
+        _organisation(path, unit_field(chosen, path), mapped.get(stem(path), {}), base, terms) for path in files
+    )
+    names = [one.org for one in organisations]
+    if len(set(names)) != len(names):
+        raise UsageError(f"expected file names that give different organisations, got {', '.join(names)}")
+    unit = "/".join(dict.fromkeys(one.unit for one in organisations))
+    return Plan(domain=_org_id(folder.resolve().name), organisations=organisations, unit=unit, terms=terms)
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`: what a person at an organisation would declare."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _organisation(path: Path, unit: str, columns: dict[str, str], base: Path, terms: Terms) -> Organisation:
+    found = load_dataset(
+        [path],
+        units=unit,
+        columns={stem(path): columns} if columns else {},
+        tokenizer_path=base / TOKENIZER_FILE,
+        max_tokens=terms.max_tokens,
+        max_records_per_unit=terms.max_records_per_unit,
+        split_key=secrets.token_bytes(32),
+    )
+    return Organisation(
+        org=_org_id(stem(path)),
+        file=path,
+        unit=unit,
+        units_at_most=power_of_two(found.report.units),
+        columns=columns,
+    )
+
+
+def _org_id(name: str) -> str:
+    cleaned = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not cleaned:
+        raise UsageError(f"expected a file or folder name with letters or digits, got {name!r}: rename it")
+    return cleaned[:63]

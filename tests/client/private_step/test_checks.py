@@ -1,0 +1,138 @@
+"""The checks accept what is right and say what is wrong. `test_mechanism.py` runs them on broken programs.
+
+Random inputs here come from fixed seeds: these tests cannot raise a false alarm.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from foedus_client import checks, training
+from foedus_client.privacy import BoundedSum, StepTerms
+from foedus_model import presets
+from foedus_model.adapter import attach
+from foedus_protocols.errors import PrivacyCheckFailed
+from foedus_protocols.layout import attention_layout
+from transformers import GptOssConfig, GptOssForCausalLM
+
+STDDEV, RESOLUTION = 0.05, 0.05 / 1500
+
+
+def gaussian(seed: int, factor: float = 1.0, length: int = 24_576):
+    """A source of noise vectors on the grid."""
+    rng = np.random.default_rng(seed)
+    return lambda: (np.rint(rng.standard_normal(length) * factor * STDDEV / RESOLUTION) * RESOLUTION).astype(np.float32)
+
+
+def test_noise_check_accepts_the_stated_stddev() -> None:
+    for seed in range(5):
+        ratio = checks.noise_check(gaussian(seed), stddev=STDDEV, resolution=RESOLUTION)
+        assert ratio == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2 / 3, 0.9, 1.1, 1.5])
+def test_noise_check_rejects_another_stddev(factor: float) -> None:
+    with pytest.raises(PrivacyCheckFailed, match=r"variance|odd"):
+        checks.noise_check(gaussian(1, factor), stddev=STDDEV, resolution=RESOLUTION)
+
+
+@pytest.mark.parametrize("named", ["kurtosis", "mean", "correlation", "odd", "not a number"])
+def test_noise_check_rejects_other_shapes_and_repeats(named: str) -> None:
+    rng, right, kept = np.random.default_rng(4), gaussian(6), gaussian(5)()
+    sources = {
+        "kurtosis": lambda: (rng.laplace(size=40_000) * STDDEV / math.sqrt(2)).astype(np.float32),
+        "mean": lambda: right() + np.float32(0.05 * STDDEV),
+        "correlation": lambda: kept,
+        "odd": lambda: (np.rint(right() / RESOLUTION / 2) * 2 * RESOLUTION).astype(np.float32),
+        "not a number": lambda: np.full(40_000, np.nan, np.float32),
+    }
+    with pytest.raises(PrivacyCheckFailed, match="mean" if named == "not a number" else named):
+        checks.noise_check(sources[named], stddev=STDDEV, resolution=RESOLUTION)
+
+
+def integers(values) -> BoundedSum:
+    return BoundedSum(values=np.asarray(values, np.int64), grid=0.5, l2_sensitivity=2.0)
+
+
+def test_sensitivity_check_compares_integers_at_the_limit() -> None:
+    """A clip of 2.0 on a grid of 0.5 is 4 grid units: a move of 4 passes, of sqrt(17) does not."""
+
+    def sum_of(units):
+        return integers(np.sum([*units, np.zeros(2)], axis=0))
+
+    assert checks.sensitivity_check(sum_of, [(4, 0), (0, 4), (1, 1)], l2_clip_norm=2.0) == 1.0
+    with pytest.raises(PrivacyCheckFailed, match="at most the clip"):
+        checks.sensitivity_check(sum_of, [(4, 1), (0, 4), (1, 1)], l2_clip_norm=2.0)
+
+
+def test_sensitivity_check_sees_a_small_coupling() -> None:
+    def coupled(units):
+        total = np.sum([*units, np.zeros(2)], axis=0)
+        return integers(total + (np.array([0, len(units)]) if len(units) > 1 else 0))
+
+    with pytest.raises(PrivacyCheckFailed, match="other change"):
+        checks.sensitivity_check(coupled, [(3, 0), (2, 0), (1, 1)], l2_clip_norm=2.0)
+
+
+def test_sensitivity_check_refuses_a_sum_that_states_another_bound() -> None:
+    with pytest.raises(PrivacyCheckFailed, match="sensitivity"):
+        checks.sensitivity_check(lambda _units: integers([0, 0]), [1, 2, 3], l2_clip_norm=1.0)
+
+
+def test_squared_norms_beyond_64_bits_are_exact() -> None:
+    assert checks._squared(np.array([2**40, -(2**40)], np.int64)) == 2**81
+
+
+def test_gradient_check_names_the_tensor_that_does_not_train(stand_in) -> None:
+    unit = checks.synthetic_units(vocabulary=96, max_tokens=16, max_records=2, rng=os.urandom)[0]
+    checks.gradient_check(stand_in, unit)
+    layer = stand_in.model.model.layers[1].self_attn
+    with torch.no_grad():
+        layer.v_proj.a.weight.zero_()
+    with pytest.raises(PrivacyCheckFailed, match=r"zero for model\.layers\.1\.self_attn\.v_proj\.b\.weight"):
+        checks.gradient_check(stand_in, unit)
+    with torch.no_grad():
+        layer.v_proj.a.weight.fill_(float("nan"))
+    with pytest.raises(PrivacyCheckFailed, match="not finite"):
+        checks.gradient_check(stand_in, unit)
+
+
+def test_synthetic_units_have_the_runs_shapes() -> None:
+    units = checks.synthetic_units(vocabulary=50, max_tokens=64, max_records=4, rng=os.urandom)
+    lengths = [[len(record.tokens) for record in unit.records] for unit in units]
+    assert lengths == [[64] * 4, [16], [32, 32], [8]]
+    for unit in units:
+        for record in unit.records:
+            assert ((record.tokens >= 0) & (record.tokens < 50)).all()
+            assert record.loss_mask.any()
+            assert not record.loss_mask[0]
+
+
+def test_preflight_passes_on_the_default_adapter_of_the_tiny_shape() -> None:
+    """foedus_model's own adapter, d = 24,576; random weights."""
+    config = presets.tiny(vocab_size=256)
+    described = {name: value for name, value in config.items() if name != "quantization_config"}
+    torch.manual_seed(1)
+    model = GptOssForCausalLM(GptOssConfig(**described)).requires_grad_(False).eval()
+    adapter = attach(model, attention_layout(config, rank=16), seed="test", alpha=32.0, rank=16)
+    terms = StepTerms(
+        l2_clip_norm=0.1, noise_multiplier=0.5, sampling_prob=0.1, expected_units=64.0, max_records_per_unit=2
+    )
+    assert training.vector_length(adapter) == 24_576
+    noise = training.noise_table(terms, 24_576)
+    figures = checks.preflight(adapter, terms=terms, noise=noise, max_tokens=32)
+    assert figures["move_over_clip"] <= 1.0
+    assert figures["noise_over_stated"] == pytest.approx(1.0, abs=0.04)
+
+
+def test_accountants_are_compared() -> None:
+    """dp-accounting's PLD gives 9.47 for this event (facts of the design), Opacus' PRV 9.48."""
+    event = {"noise_multiplier": 2.0, "sampling_prob": 0.5, "steps": 50, "delta": 1e-5}
+    assert checks.cross_check(**event, pld_epsilon=9.47) == pytest.approx(9.48, abs=0.02)
+    for wrong in (9.35, 9.6, math.nan):
+        with pytest.raises(PrivacyCheckFailed, match="Opacus"):
+            checks.cross_check(**event, pld_epsilon=wrong)

@@ -1,0 +1,93 @@
+"""What more than one package's tests need: three organisations, a tiny base's configuration, and a charter for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from foedus_protocols import identity
+from foedus_protocols.charter import Charter, sign_charter
+from foedus_protocols.charter_draft import draft
+from foedus_protocols.messages import Agreement
+from foedus_protocols.roster import Roster
+
+LEAGUE_NOW = 1_800_000_000
+
+TINY_CONFIG: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@dataclass
+class League:
+    """Three members with keys, and what a draft needs."""
+
+    name: str = "test-league"
+    now: int = LEAGUE_NOW
+    base: str = "b" * 64
+    config: dict[str, Any] = field(default_factory=lambda: dict(TINY_CONFIG))
+    operator: Ed25519PrivateKey = field(default_factory=identity.generate_signing_key)
+    keys: dict[str, Ed25519PrivateKey] = field(
+        default_factory=lambda: {org: identity.generate_signing_key() for org in ("ash", "birch", "cedar")}
+    )
+
+    def __post_init__(self) -> None:
+        self.rosters = [Roster.genesis(self.name)]
+        for org in self.keys:
+            self.rosters.append(self.rosters[-1].add(org, self.public(org), since=self.now))
+
+    def public(self, org: str) -> str:
+        return identity.public_hex(self.keys[org])
+
+    @property
+    def operator_key(self) -> str:
+        return identity.public_hex(self.operator)
+
+    def toml(self, **changes: Any) -> dict[str, Any]:
+        """A small private run; `changes` replace whole sections."""
+        terms: dict[str, Any] = {
+            "name": "first",
+            "purpose": "research",
+            "domain": "medical",
+            "participants": [
+                {"id": org, "unit": "patient", "units_at_most": units}
+                for org, units in zip(self.keys, (64, 256, 512), strict=True)
+            ],
+            "adapter": {"rank": 4},
+            "privacy": {"epsilon": 8, "delta": 1e-5, "rounds": 4},
+        }
+        return terms | changes
+
+    def draft(self, **changes: Any) -> Charter:
+        return draft(
+            self.toml(**changes),
+            federation=self.name,
+            roster=self.rosters[-1],
+            base_digest=self.base,
+            base_config=self.config,
+            base_name="tiny",
+            now=self.now,
+        )
+
+    def signature(self, charter: Charter) -> str:
+        """The operator's."""
+        return sign_charter(self.operator, charter.digest)
+
+    def agreement(self, charter: Charter) -> Agreement:
+        """Everybody's."""
+        return Agreement(
+            charter_digest=charter.digest,
+            operator_signature=self.signature(charter),
+            signatures={org: sign_charter(key, charter.digest) for org, key in self.keys.items()},
+        )
+
+
+@pytest.fixture
+def league() -> League:
+    return League()

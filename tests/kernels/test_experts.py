@@ -1,0 +1,118 @@
+"""The packed experts against transformers' dense ones, forward and gradient, with one expert always empty."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from foedus_kernels import experts, mxfp4
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+E, K, N = 6, 64, 96
+
+
+def _pair(scale: float = 0.3) -> tuple[GptOssExperts, experts.PackedExperts]:
+    """transformers' experts and ours over the same MXFP4 values."""
+    generator = torch.Generator().manual_seed(3)
+    config = GptOssConfig(num_local_experts=E, hidden_size=K, intermediate_size=N)
+    config._experts_implementation = "eager"
+    dense = GptOssExperts(config).requires_grad_(False)
+    for parameter in dense.parameters():
+        parameter.normal_(std=scale, generator=generator)
+    gate_up = mxfp4.encode(dense.gate_up_proj.mT)
+    down = mxfp4.encode(dense.down_proj.mT)
+    dense.gate_up_proj.copy_(mxfp4.decode(*gate_up).mT)
+    dense.down_proj.copy_(mxfp4.decode(*down).mT)
+    return dense, experts.PackedExperts(*gate_up, dense.gate_up_proj_bias, *down, dense.down_proj_bias)
+
+
+def _inputs(tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, K, generator=generator).requires_grad_()
+    # Expert 2 gets no token, whatever the draw.
+    ids = torch.stack([torch.randperm(E - 1, generator=generator)[:top_k] for _ in range(tokens)])
+    ids = torch.where(ids >= 2, ids + 1, ids)
+    weights = torch.softmax(torch.randn(tokens, top_k, generator=generator), -1).requires_grad_()
+    return hidden, ids, weights
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("decode_bytes", [1, 2 * N * K * 4 * 2, experts.DECODE_BYTES])
+def test_equal_to_the_dense_layer(tokens: int, top_k: int, decode_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "DECODE_BYTES", decode_bytes)  # one expert at a time, two, all
+    dense, packed = _pair()
+    hidden, ids, weights = _inputs(tokens, top_k)
+    want = dense(hidden, ids, weights)
+    got = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(9))
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (hidden, weights), upstream),
+        torch.autograd.grad(want, (hidden, weights), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_the_clamps_are_reached_and_cut_the_gradient() -> None:
+    dense, packed = _pair(scale=2.0)
+    hidden, ids, weights = _inputs(32, 2)
+    rows = hidden.detach() @ dense.gate_up_proj[0] + dense.gate_up_proj_bias[0]
+    assert bool((rows.abs() > 7).any()), "the inputs must be large enough for the clamps to act"
+    want = dense(hidden, ids, weights)
+    got = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))
+    ours, theirs = (torch.autograd.grad(out.sum(), hidden)[0] for out in (got, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_gradient_by_finite_differences() -> None:
+    """Independent of transformers: float32 differences of a function that is smooth off the clamps."""
+    _, packed = _pair()
+    hidden, ids, weights = _inputs(4, 2)
+    upstream = torch.randn(4, K, generator=torch.Generator().manual_seed(5))
+    direction = torch.randn(4, K, generator=torch.Generator().manual_seed(6))
+
+    def value(step: float) -> float:
+        moved = hidden.detach() + step * direction
+        out = experts.experts_torch(moved, ids, weights.detach(), packed, experts.Gate())
+        return float((out * upstream).sum(dtype=torch.float64))
+
+    (gradient,) = torch.autograd.grad(
+        experts.experts_torch(hidden, ids, weights, packed, experts.Gate()), hidden, upstream
+    )
+    slope = float((gradient * direction).sum(dtype=torch.float64))
+    assert (value(1e-2) - value(-1e-2)) / 2e-2 == pytest.approx(slope, rel=1e-3)
+
+
+def test_bfloat16_is_close_to_float32() -> None:
+    _, packed = _pair()
+    hidden, ids, weights = _inputs(64, 2)
+    want = experts.experts_torch(hidden.detach(), ids, weights.detach(), packed, experts.Gate())
+    half = packed._replace(gate_up_bias=packed.gate_up_bias.bfloat16(), down_bias=packed.down_bias.bfloat16())
+    got = experts.experts_torch(hidden.detach().bfloat16(), ids, weights.detach().bfloat16(), half, experts.Gate())
+    assert got.dtype == torch.bfloat16
+    assert float((got.float() - want).norm() / want.norm()) < 1e-2
+
+
+def test_nothing_decoded_is_kept_for_the_backward() -> None:
+    _, packed = _pair()
+    hidden, ids, weights = _inputs(8, 2)
+    out = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
+    kept = [tensor for tensor in out.grad_fn.saved_tensors if isinstance(tensor, torch.Tensor)]
+    assert kept
+    # 16 rows of the widest activation; a decoded stack would hold E * 2N * K = 73,728 elements.
+    assert max(tensor.numel() for tensor in kept) <= 16 * 2 * N
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_the_cpu_in_bfloat16() -> None:
+    _, packed = _pair()
+    hidden, ids, weights = (tensor.detach() for tensor in _inputs(64, 2))
+    want = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
+    half = packed._replace(gate_up_bias=packed.gate_up_bias.bfloat16(), down_bias=packed.down_bias.bfloat16())
+    moved = experts.PackedExperts(*(tensor.cuda() for tensor in half))
+    got = experts.experts_torch(hidden.bfloat16().cuda(), ids.cuda(), weights.bfloat16().cuda(), moved, experts.Gate())
+    assert float((got.float().cpu() - want).norm() / want.norm()) < 1e-2

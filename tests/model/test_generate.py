@@ -1,0 +1,169 @@
+"""Continuing text, and the command line around it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foedus_model import cli, generate
+from foedus_model.checkpoint import open_checkpoint
+from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
+from foedus_protocols.layout import attention_layout, vector_digest, write_peft
+from typer.testing import CliRunner
+
+from .conftest import BYTES
+
+
+@pytest.fixture
+def write_variant(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a variant folder as the coordinator does; keywords replace manifest fields."""
+
+    def write(scale: float = 0.2, **fields: object) -> Path:
+        checkpoint = open_checkpoint(base)
+        layout = attention_layout(checkpoint.config, rank=4)
+        vector = (np.random.default_rng(1).normal(size=layout.length) * scale).astype(np.float32)
+        folder = tmp_path / "variant"
+        write_peft(folder, layout=layout, vector=vector, seed="s", rank=4, alpha=8, base_name="small")
+        manifest = {"base": checkpoint.digest, "adapter": vector_digest(vector), "private": True} | fields
+        (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "signature": ""}))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> generate.Generator:
+    return generate.load_generator(base)
+
+
+def test_greedy_text_repeats_and_respects_the_limit(plain: generate.Generator) -> None:
+    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
+    first = generate.generate(plain, ids, generate.Sampling(max_new_tokens=12))
+    assert first == generate.generate(plain, ids, generate.Sampling(max_new_tokens=12))
+    assert 0 < len(first) <= 12
+
+
+def test_sampling_follows_its_seed_and_leaves_the_global_generator(plain: generate.Generator) -> None:
+    import torch
+
+    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
+    before = torch.get_rng_state()
+    draws = [
+        generate.generate(plain, ids, generate.Sampling(max_new_tokens=24, temperature=2.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_control_token_spelt_in_a_prompt_stays_text(plain: generate.Generator) -> None:
+    prompt = "a<|end|><|start|>system"
+    ids = generate.encode_prompt(plain.tokenizer, prompt, chat=False)
+    assert max(ids) < len(BYTES)
+    assert plain.tokenizer.decode(ids) == prompt
+    wrapped = generate.encode_prompt(plain.tokenizer, prompt, chat=True)
+    controls = [plain.tokenizer.id_to_token(one) for one in wrapped if one >= len(BYTES)]
+    assert controls == ["<|start|>", "<|message|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"]
+
+
+def test_a_chat_prompt_is_the_harmony_format(plain: generate.Generator) -> None:
+    ids = generate.encode_prompt(plain.tokenizer, "Why?", chat=True)
+    assert plain.tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|start|>user<|message|>Why?<|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+
+
+def test_a_variant_changes_the_text(base: Path, plain: generate.Generator, write_variant: Callable[..., Path]) -> None:
+    adapted = generate.load_generator(base, write_variant())
+    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
+    sampling = generate.Sampling(max_new_tokens=32)
+    assert generate.generate(adapted, ids, sampling) != generate.generate(plain, ids, sampling)
+    assert adapted.private is True
+    assert plain.private is None
+    assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"base": "0" * 64}, "trained on the base 0000"),
+        ({"adapter": "0" * 64}, "not the one that its manifest names"),
+        ({"private": "yes"}, "manifest with base, adapter, private"),
+    ],
+)
+def test_a_variant_that_does_not_belong_is_refused(
+    base: Path, write_variant: Callable[..., Path], fields: dict[str, object], text: str
+) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        generate.load_generator(base, write_variant(**fields))
+
+
+def test_a_variant_without_a_manifest_is_refused(base: Path, write_variant: Callable[..., Path]) -> None:
+    folder = write_variant()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="expected a variant with"):
+        generate.load_generator(base, folder)
+
+
+def test_a_prompt_beyond_the_context_is_refused(plain: generate.Generator) -> None:
+    with pytest.raises(UsageError, match="at most 2048 tokens together, got 2000 of prompt and 49"):
+        generate.generate(plain, [1] * 2000, generate.Sampling(max_new_tokens=49))
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
+def test_senseless_sampling_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        generate.Sampling(**options)  # type: ignore[arg-type]
+
+
+def _run(*arguments: str) -> dict[str, object]:
+    result = CliRunner().invoke(cli.app, [*arguments, "--format", "json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_command_generate_says_not_private(base: Path, write_variant: Callable[..., Path]) -> None:
+    variant = str(write_variant(private=False))
+    arguments = ["generate", "--base", str(base), "--prompt", "hello", "--max-new-tokens", "4"]
+    assert _run(*arguments)["notice"] is None
+    result = _run(*arguments, "--variant", variant)
+    assert result["private"] is False
+    assert str(result["notice"]).startswith("NOT PRIVATE")
+    text = CliRunner().invoke(cli.app, [*arguments, "--variant", variant], catch_exceptions=False)
+    assert "NOT PRIVATE" in text.stdout
+
+
+def test_command_generate_reads_a_file_and_wants_one_prompt(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("hello")
+    arguments = ["generate", "--base", str(base), "--raw", "--max-new-tokens", "4"]
+    by_file = _run(*arguments, "--prompt-file", str(tmp_path / "prompt.txt"))
+    assert by_file["text"] == _run(*arguments, "--prompt", "hello")["text"]
+    for extra in ([], ["--prompt", "a", "--prompt-file", "b"]):
+        with pytest.raises(UsageError, match="only one of them"):
+            CliRunner().invoke(cli.app, [*arguments, *extra], catch_exceptions=False)
+    with pytest.raises(UsageError, match="text file"):
+        CliRunner().invoke(cli.app, [*arguments, "--prompt-file", str(tmp_path / "no")], catch_exceptions=False)
+
+
+def test_command_inspect_describes_and_manifest_adopts(base: Path, tmp_path: Path) -> None:
+    described = _run("inspect", str(base))
+    assert described["digest"] == open_checkpoint(base).digest
+    assert (described["quantisation"], described["num_local_experts"]) == ("mxfp4", 16)
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    (bare / "manifest.json").unlink()
+    with pytest.raises(FoedusError, match="foedus model manifest"):
+        CliRunner().invoke(cli.app, ["inspect", str(bare)], catch_exceptions=False)
+    adopted = _run("manifest", str(bare), "--source", "a mirror")
+    assert adopted["provenance"] == {"source": "a mirror"}
+    assert _run("inspect", str(bare))["digest"] == adopted["digest"]
+
+
+def test_command_pretrain_refuses_a_full_folder(base: Path, tmp_path: Path) -> None:
+    arguments = ["pretrain", "--out", str(base), "--work", str(tmp_path / "work")]
+    with pytest.raises(UsageError, match="new or empty folder"):
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert not (tmp_path / "work").exists()

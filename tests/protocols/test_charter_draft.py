@@ -1,0 +1,114 @@
+"""Drafting: the printed rule, the defaults, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foedus_protocols import accounting, codec, layout
+from foedus_protocols.charter import charter_events, delta_for_accountant
+from foedus_protocols.charter_draft import CharterDraft, charter_template, read_draft
+from foedus_protocols.errors import ConfigError
+
+
+def test_constants_follow_the_printed_rule(league: Any) -> None:
+    charter = league.draft()
+    for participant, units_at_most in zip(charter.participants, (64, 256, 512), strict=True):
+        assert participant.sampling_prob == min(1.0, 64 / units_at_most)
+        assert participant.expected_units == 64
+        assert participant.weight == 64 / participant.noise_multiplier
+    # Less sampling needs less noise.
+    noises = [participant.noise_multiplier for participant in charter.participants]
+    assert noises == sorted(noises, reverse=True)
+
+
+def test_noise_is_the_smallest_that_keeps_the_promise(league: Any) -> None:
+    charter = league.draft()
+    for participant in charter.participants:
+        delta = delta_for_accountant(charter, participant)
+        (event,) = charter_events(charter, participant)
+        assert 7.9 < accounting.epsilon([event], delta) <= 8.0
+        less = accounting.Event(
+            noise_multiplier=participant.noise_multiplier - 2 * accounting.NOISE_GRID,
+            sampling_prob=participant.sampling_prob,
+            steps=event.steps,
+        )
+        assert accounting.epsilon([less], delta) > 8.0
+
+
+def test_update_bound_and_adapter_are_what_every_party_computes(league: Any) -> None:
+    charter = league.draft()
+    described = layout.attention_layout(league.config, rank=4)
+    assert (charter.adapter.length, charter.adapter.layout_digest) == (described.length, described.digest)
+    assert charter.adapter.initial_digest == layout.vector_digest(layout.initial_vector(described))
+    constants = [(one.weight, one.expected_units, one.noise_multiplier) for one in charter.participants]
+    assert charter.masks.update_bound == codec.update_bound(constants, described.length)
+
+
+def test_mode_none_weighs_by_expected_units_and_codes_finely(league: Any) -> None:
+    charter = league.draft(privacy={"mode": "none", "target_units": 128}, seed=1)
+    assert [one.weight for one in charter.participants] == [64, 128, 128]
+    assert [one.noise_multiplier for one in charter.participants] == [0, 0, 0]
+    assert charter.masks.ring_bits == 24
+
+
+@pytest.mark.parametrize(("members", "survivors"), [(2, 2), (3, 3)])
+def test_default_survivors_are_two_thirds_and_one(league: Any, members: int, survivors: int) -> None:
+    participants = league.toml()["participants"][:members]
+    assert league.draft(participants=participants).masks.min_survivors == survivors
+
+
+def test_validity_starts_now(league: Any) -> None:
+    charter = league.draft(valid_days=2)
+    assert (charter.not_before, charter.expires) == (league.now, league.now + 2 * 86_400)
+
+
+def test_drafting_twice_gives_the_same_digest(league: Any) -> None:
+    assert league.draft().digest == league.draft().digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"privacy": {"epsilon": "8"}}, "privacy.epsilon"),
+        ({"privacy": {"epsilon": math.inf}}, "privacy.epsilon"),
+        ({"privacy": {"mode": "none", "epsilon": 8.0}}, "promises nothing"),
+        ({"seed": 1}, "takes no seed"),
+        ({"name": "First Run"}, "name"),
+        ({"masks": {"enabled": True}}, "masks.enabled"),
+        ({"masks": {"ring_bits": 17}}, "ring_bits"),
+        ({"participants": [{"id": "yew", "unit": "patient", "units_at_most": 64}]}, "yew"),
+        ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 100}]}, "power of two"),
+        ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 2**14}]}, "at most 1/"),
+        ({"recipe": {"optimiser": {"name": "lion"}}}, "recipe.optimiser.name"),
+    ],
+)
+def test_a_wrong_draft_is_refused_by_the_fields_name(league: Any, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        league.draft(**changes)
+
+
+def test_template_is_a_draft_and_its_comments_are_the_defaults(league: Any) -> None:
+    plain = CharterDraft.model_validate(tomllib.loads(charter_template()))
+    lines = charter_template().splitlines()
+    switched_on = "\n".join(line[1:] if line.startswith("#") and not line.startswith("# ") else line for line in lines)
+    value = tomllib.loads(switched_on)
+    # The three that have no default of their own: computed from the mode or from the number of members.
+    assert (value.pop("seed"), value["masks"].pop("min_survivors"), value["masks"].pop("ring_bits")) == (1, 2, 16)
+    assert (value["privacy"].pop("epsilon"), value["privacy"].pop("delta")) == (8.0, 1e-5)
+    assert CharterDraft.model_validate(value) == plain
+
+
+def test_reading_a_draft(tmp_path: Path) -> None:
+    path = tmp_path / "charter.toml"
+    with pytest.raises(ConfigError, match=r"charter\.toml"):
+        read_draft(path)
+    path.write_text("name = ")
+    with pytest.raises(ConfigError, match="TOML"):
+        read_draft(path)
+    path.write_text('name = "a"')
+    assert read_draft(path) == {"name": "a"}
