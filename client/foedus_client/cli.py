@@ -21,7 +21,9 @@ from foedus_client.cli_status import status_of, status_table
 from foedus_client.config import HOME_VARIABLE, find_home
 from foedus_client.logs import log_to_stderr
 
-app = typer.Typer(no_args_is_help=True, help="An organisation's side: keys, policy, budget, and the daemon that trains.")
+app = typer.Typer(
+    no_args_is_help=True, help="An organisation's side: keys, policy, budget, and the daemon that trains."
+)
 data_app = typer.Typer(no_args_is_help=True, help="Register data sets.")
 base_app = typer.Typer(no_args_is_help=True, help="Allow base models.")
 app.add_typer(data_app, name="data")
@@ -44,7 +46,9 @@ def join(
     ca_fingerprint: Annotated[
         str | None, typer.Option("--ca-fingerprint", help="The federation CA's fingerprint, from the invitation.")
     ] = None,
-    token_file: Annotated[Path | None, typer.Option("--token-file", help="Read the one-time token from a file.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="Read the one-time token from a file.")
+    ] = None,
     token_stdin: Annotated[bool, typer.Option("--token-stdin", help="Read the token from standard input.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the request is approved.")] = True,
     proxy: Annotated[str | None, typer.Option("--proxy", help="http://HOST:PORT to dial through.")] = None,
@@ -144,7 +148,8 @@ def data_add(
     }
     text = (
         f"{declared.name}: {found.report.units} units, {len(found.heldout)} of them held out, "
-        f"{len(found.report.rejected)} rows rejected (these figures stay here)\n\nfor the operator's charter:\n\n{lines}"
+        f"{len(found.report.rejected)} rows rejected (these figures stay here)\n\n"
+        f"for the operator's charter:\n\n{lines}"
     )
     emit(result, output, lambda console: console.print(text, markup=False, highlight=False))
 

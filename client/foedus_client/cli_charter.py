@@ -122,7 +122,7 @@ def _render(charter: Charter, record: CharterRecord, org: str, console: Console)
         "participants": ", ".join(participant.id for participant in charter.participants),
         "base": f"{charter.base_name} ({charter.base[:12]})",
         "privacy": promise,
-        "rounds": f"{privacy.rounds}, sampling {mine.sampling_prob:.4g}, {mine.expected_units:g} units expected a round",
+        "rounds": f"{privacy.rounds}, sampling {mine.sampling_prob:.4g}, {mine.expected_units:g} units expected each",
         "noise": f"multiplier {mine.noise_multiplier:g}, clip {privacy.l2_clip_norm:g}, our weight {mine.weight:.4g}",
         "evaluation": scores,
         "masks": "off: the coordinator sees each organisation's noised vector",

@@ -12,7 +12,8 @@ from rich.table import Table
 from foedus_client import policy
 from foedus_client.config import Home
 from foedus_client.ledger import Ledger
-from foedus_client.state import ClientState, HomeLock
+from foedus_client.lock import HomeLock
+from foedus_client.state import ClientState
 
 _DAY_SECONDS = 86_400.0
 

@@ -13,12 +13,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from foedus_protocols.charter import Charter
+from foedus_protocols.charter import Charter, Participant
 from foedus_protocols.charter_checks import OrgView, Stage, check_charter
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import (
@@ -56,11 +56,12 @@ from foedus_client import round as rounds
 from foedus_client.config import Home, Membership
 from foedus_client.gate import Gate, Permit
 from foedus_client.ledger import Ledger
+from foedus_client.lock import HomeLock
 from foedus_client.membership import org_view, read_hello, update_rosters
 from foedus_client.offers import OfferDesk
-from foedus_client.seat import Ports, Seat
-from foedus_client.state import CharterRecord, ClientState, HomeLock
-from foedus_client.work import Setup, WorkerPort
+from foedus_client.seat import Ports, Seat, take_seat
+from foedus_client.state import CharterRecord, ClientState
+from foedus_client.work import WorkerPort
 from foedus_client.worker_process import WorkerProcess
 
 _LOG = logging.getLogger("foedus.client")
@@ -162,7 +163,7 @@ class Daemon:
             try:
                 link = dial()
                 try:
-                    self._greet(link)
+                    self.greet(link)
                     pause = _FIRST_PAUSE
                     self._answer_all(link)
                 finally:
@@ -177,7 +178,12 @@ class Daemon:
             self._stop.wait(pause * _random.uniform(0.5, 1.5))
             pause = min(pause * 2, _LONGEST_PAUSE)
 
-    def _greet(self, link: Link) -> None:
+    def greet(self, link: Link) -> None:
+        """Introduce ourselves: compare what we joined with, measure the clock, fetch the roster.
+
+        Raises:
+            VerificationError: The coordinator is not the one that we joined, or its roster forgets what was seen.
+        """
         asked = time.time()
         answer = link.hello({"protocol": 1, "org": self._us.org})
         head, signature, clock = read_hello(answer, self._us)
@@ -192,7 +198,7 @@ class Daemon:
         greeted = time.monotonic()
         while not self._stop.is_set():
             if time.monotonic() - greeted > HELLO_SECONDS:
-                self._greet(link)
+                self.greet(link)
                 greeted = time.monotonic()
             data = self._inbox.popleft() if self._inbox else link.poll(POLL_SECONDS)
             if data is not None:
@@ -230,6 +236,7 @@ class Daemon:
         """Act on a message and store its answer; None where it cannot be answered now."""
         header = envelope.header
         try:
+            self._state.require_unused(header.sequence)
             answer = self._act(envelope, self._ports(link, gate))
             if answer is None:
                 return None
@@ -363,47 +370,26 @@ class Daemon:
         """Our seat in a run that we signed and that is not over."""
         record = self._known(charter_digest, run)
         if record.state not in ("signed", "agreed"):
-            raise PolicyRefused(
-                3, f"expected a charter that we signed and that goes on, this one is {record.state}"
-            )
+            raise PolicyRefused(3, f"expected a charter that we signed and that goes on, this one is {record.state}")
         if charter_digest not in self._seats:
             data = ports.pull(charter_digest).read_bytes()
-            self._seats[charter_digest] = self._make_seat(data, record, ports)
+            self._seats[charter_digest] = self._make_seat(data, record)
         return self._seats[charter_digest]
 
-    def _make_seat(self, data: bytes, record: CharterRecord, ports: Ports) -> Seat:
-        charter = Charter.parse(data)
-        rules = policy.load(self._home.policy)
-        entry = rules.dataset_for(charter.purpose)
-        setup = Setup(
-            base=str(rules.base_path(charter.base)),
-            base_digest=charter.base,
-            rank=charter.adapter.rank,
-            alpha=charter.adapter.alpha,
-            adapter_seed=charter.adapter.seed,
-            layout_digest=charter.adapter.layout_digest,
-            files=entry.files,
-            units=entry.units,
-            columns=entry.columns,
-            split_key=self._home.split_key(entry.namespace),
-            max_tokens=charter.recipe.max_tokens,
-            max_records_per_unit=charter.recipe.max_records_per_unit,
-        )
-
-        def check(agreement: Agreement) -> None:
+    def _make_seat(self, data: bytes, record: CharterRecord) -> Seat:
+        def check(agreement: Agreement, spends: bool) -> None:
             view = self._view("round")
+            if not spends:
+                view = replace(view, budget=_nothing_to_cover)
             check_charter(data, record.digest, record.operator_signature, view, stage="round", agreement=agreement)
 
-        return Seat(
-            charter=charter,
-            org=self._us.org,
-            run=record.run,
-            federation=self._us.federation,
-            operator_key=self._us.operator_key,
-            namespace=entry.namespace,
-            setup=setup,
-            check=check,
-        )
+        charter, rules = Charter.parse(data), policy.load(self._home.policy)
+        split_key = self._home.split_key(rules.dataset_for(charter.purpose).namespace)
+        return take_seat(charter, record.run, self._us, rules=rules, split_key=split_key, check=check)
+
+
+def _nothing_to_cover(charter: Charter, mine: Participant) -> None:
+    """The ledger's part of check 10 where nothing is spent."""
 
 
 def refusal_of(error: FoedusError) -> int | None:

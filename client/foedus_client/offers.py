@@ -116,7 +116,7 @@ def _title(data: bytes) -> tuple[str, str]:
 def _ask(record: CharterRecord, desk: OfferDesk) -> None:
     desk.waiting.add(record.digest)
     _LOG.warning(
-        "charter %s (%s) passed the checks and waits for a person: `foedus client charter show`, then approve or refuse",
+        "charter %s (%s) passed the checks and waits for a person: `foedus client charter show|approve|refuse`",
         record.digest[:12],
         record.name,
     )

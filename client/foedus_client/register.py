@@ -1,17 +1,17 @@
 """Registering a data set: what it is for, what one unit of privacy is, and what may ever be lost about one.
 
-These are declarations of a person, not statistics. The files are read once, here, to show what training would see and to
-refuse a bound on the number of units that is already passed; nothing of that leaves.
+These are declarations of a person, not statistics. The files are read once, here, to show what training would see and
+to refuse a bound on the number of units that is already passed; nothing of that leaves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from foedus_protocols.errors import ConfigError
 from foedus_protocols.manifest import TOKENIZER_FILE, read_manifest
+from pydantic import ValidationError
 
 from foedus_client import policy
 from foedus_client.config import Home
@@ -59,24 +59,10 @@ def register(home: Home, declared: Declaration) -> tuple[Dataset, str]:
         The policy changes only when everything was found right.
     """
     base = BaseEntry(digest=read_manifest(declared.base).digest, path=str(declared.base.absolute()))
-    units = parse_units(declared.units)
-    namespace = Namespace(
-        unit=unit_name(units),
-        units_at_most=declared.units_at_most,
-        epsilon_cap=declared.epsilon_cap,
-        delta=declared.delta,
-    )
-    entry = DatasetEntry(
-        name=declared.name,
-        purposes=list(declared.purposes),
-        namespace=declared.namespace,
-        files=[str(path.absolute()) for path in declared.files],
-        units=units,
-        columns=parse_columns(declared.columns),
-    )
+    entry, namespace = _entries(declared)
     found = load_dataset(
         declared.files,
-        units=units,
+        units=entry.units,
         columns=entry.columns,
         tokenizer_path=declared.base / TOKENIZER_FILE,
         max_tokens=declared.max_tokens,
@@ -93,6 +79,30 @@ def register(home: Home, declared: Declaration) -> tuple[Dataset, str]:
     return found, participant_lines(home.load().org, namespace)
 
 
+def _entries(declared: Declaration) -> tuple[DatasetEntry, Namespace]:
+    """The declaration as the policy has it; a ConfigError where the policy would not take it."""
+    units = parse_units(declared.units)
+    try:
+        namespace = Namespace(
+            unit=unit_name(units),
+            units_at_most=declared.units_at_most,
+            epsilon_cap=declared.epsilon_cap,
+            delta=declared.delta,
+        )
+        entry = DatasetEntry(
+            name=declared.name,
+            purposes=list(declared.purposes),
+            namespace=declared.namespace,
+            files=[str(path.absolute()) for path in declared.files],
+            units=units,
+            columns=parse_columns(declared.columns),
+        )
+    except ValidationError as error:
+        found = "; ".join((".".join(map(str, item["loc"])) or "") + " " + item["msg"] for item in error.errors())
+        raise ConfigError(f"expected a declaration that the policy can hold, got: {found.strip()}") from None
+    return entry, namespace
+
+
 def unit_name(units: str | dict[str, str]) -> str:
     """What one unit of privacy is called in charters: the field's name, or the fields' where files differ."""
     return units if isinstance(units, str) else "/".join(sorted(set(units.values())))
@@ -101,5 +111,3 @@ def unit_name(units: str | dict[str, str]) -> str:
 def participant_lines(org: str, namespace: Namespace) -> str:
     """What the operator copies into the charter's TOML."""
     return f'[[participants]]\nid = "{org}"\nunit = "{namespace.unit}"\nunits_at_most = {namespace.units_at_most}\n'
-
-

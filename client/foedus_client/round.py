@@ -24,7 +24,7 @@ import numpy.typing as npt
 from foedus_protocols import accounting, codec
 from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.charter import charter_events, delta_for_accountant, round_event
-from foedus_protocols.errors import PolicyRefused, RoundFailed, StateError
+from foedus_protocols.errors import BudgetExhausted, PolicyRefused, RoundFailed, StateError
 from foedus_protocols.files import write_durably
 from foedus_protocols.messages import (
     AdvanceAnswer,
@@ -69,7 +69,9 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
         At most one set of words is ever sent for a (charter, run, round), whatever is repeated or killed, and none
         before the ledger holds a reservation with its digest.
     """
-    check(order.agreement_digest, seat, ports)
+    # What is reserved already is spent already: a last round's words still leave after a kill.
+    spends = ports.ledger.reservation(seat.digest, seat.run, order.round) is None
+    check(order.agreement_digest, seat, ports, spends=spends)
     position = catch_up(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
     _require_round(order.round, seat, ports)
@@ -108,7 +110,7 @@ def evaluate(order: EvaluateOrder, seat: Seat, ports: Ports) -> tuple[EvaluateAn
     Raises:
         PolicyRefused: The charter's evaluation term allows no scores (step 9), or another check failed.
     """
-    check(order.agreement_digest, seat, ports)
+    check(order.agreement_digest, seat, ports, spends=False)
     position = catch_up(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
     return EvaluateAnswer(scores=score(position, seat, ports)), permit_of(seat, order.round, scores=True)
@@ -133,13 +135,17 @@ def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Per
 # The steps.
 
 
-def check(agreement_digest: str, seat: Seat, ports: Ports) -> None:
+def check(agreement_digest: str, seat: Seat, ports: Ports, *, spends: bool) -> None:
     """Steps 1 to 12 of ``docs/protocol.md`` section 2, everyone's signatures included.
+
+    Args:
+        agreement_digest: The file with the signatures.
+        spends: Whether the allotment has to cover one more round; scores and words that are reserved need none.
 
     Raises:
         PolicyRefused: The first step that failed.
     """
-    seat.check(Agreement.decode(ports.pull(agreement_digest).read_bytes()))
+    seat.check(Agreement.decode(ports.pull(agreement_digest).read_bytes()), spends)
     ports.state.mark_agreed(seat.digest, agreement_digest)
 
 
@@ -237,7 +243,7 @@ def reserve(made: RoundRecord, seat: Seat, ports: Ports) -> Entry:
         BudgetExhausted: The words are gone and their budget is spent, or the allotment does not cover the round.
     """
     if not ports.store.has(made.words):
-        raise PolicyRefused(10, f"the words of round {made.round} are no longer in files/, their budget stays spent")
+        raise BudgetExhausted(10, f"the words of round {made.round} are no longer in files/, their budget stays spent")
     event = round_event(seat.charter, seat.me)
     return ports.ledger.reserve(seat.namespace, seat.digest, seat.run, made.round, event, made.words)
 

@@ -14,8 +14,10 @@ from foedus_protocols.messages import Agreement
 from foedus_protocols.rules import Rule
 from foedus_protocols.store import FileStore
 
+from foedus_client.config import Membership
 from foedus_client.gate import Gate
 from foedus_client.ledger import Ledger
+from foedus_client.policy import Policy
 from foedus_client.state import ClientState
 from foedus_client.work import Setup, StepTermsTask, Tick, WorkerPort
 
@@ -32,8 +34,8 @@ class Seat:
         run: The run's id, from the first offer.
         namespace: The unit namespace that the run draws on, by our own policy.
         setup: What the worker has to hold for this run.
-        check: Steps 1 to 12 of ``docs/protocol.md`` section 2, given everyone's signatures. It raises and returns
-            nothing.
+        check: Steps 1 to 12 of ``docs/protocol.md`` section 2, given everyone's signatures and whether what follows
+            spends a round's budget. It raises and returns nothing.
     """
 
     charter: Charter
@@ -43,7 +45,7 @@ class Seat:
     operator_key: str
     namespace: str
     setup: Setup
-    check: Callable[[Agreement], None]
+    check: Callable[[Agreement, bool], None]
 
     @cached_property
     def digest(self) -> str:
@@ -84,6 +86,47 @@ class Seat:
     def weights(self, orgs: list[str]) -> list[float]:
         """w_i / max w of some participants, in their order."""
         return [self.charter.relative_weight(org) for org in orgs]
+
+
+def take_seat(
+    charter: Charter,
+    run: str,
+    us: Membership,
+    *,
+    rules: Policy,
+    split_key: str,
+    check: Callable[[Agreement, bool], None],
+) -> Seat:
+    """Our seat under a charter, on the data set and the base that our policy has for it.
+
+    Raises:
+        PolicyRefused: The policy no longer allows the purpose (step 9) or the base (step 7).
+    """
+    data = rules.dataset_for(charter.purpose)
+    setup = Setup(
+        base=str(rules.base_path(charter.base)),
+        base_digest=charter.base,
+        rank=charter.adapter.rank,
+        alpha=charter.adapter.alpha,
+        adapter_seed=charter.adapter.seed,
+        layout_digest=charter.adapter.layout_digest,
+        files=data.files,
+        units=data.units,
+        columns=data.columns,
+        split_key=split_key,
+        max_tokens=charter.recipe.max_tokens,
+        max_records_per_unit=charter.recipe.max_records_per_unit,
+    )
+    return Seat(
+        charter=charter,
+        org=us.org,
+        run=run,
+        federation=us.federation,
+        operator_key=us.operator_key,
+        namespace=data.namespace,
+        setup=setup,
+        check=check,
+    )
 
 
 def _no_tick() -> None:

@@ -13,17 +13,14 @@ The command line opens the same file beside a running daemon: that is how a pers
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Literal, Self
+from typing import Literal
 
 from foedus_protocols.errors import StateError, VerificationError
 from foedus_protocols.messages import ClosedRound, Scores
@@ -104,51 +101,6 @@ class Departure:
     rule: str
 
 
-class HomeLock:
-    """An exclusive lock on a home directory, held as long as the process lives; the kernel frees it after a kill."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> Self:
-        file = self._path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
-            raise StateError(
-                f"expected no other daemon on {self._path.parent}, found one (process {holder}); "
-                "stop it first, or give this one another --home"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        self._file = file
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @staticmethod
-    def held(path: Path) -> bool:
-        """Whether some process holds the lock now."""
-        if not path.exists():
-            return False
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
-
-
 class ClientState:
     """The daemon's durable memory. Every method is one transaction; nothing is cached.
 
@@ -206,6 +158,15 @@ class ClientState:
         row = self._db.execute("SELECT answer FROM mail WHERE message = ?", (message,)).fetchone()
         return None if row is None else bytes(row["answer"])
 
+    def require_unused(self, sequence: int) -> None:
+        """Check, before a new message is acted on, that no other message with its number was answered.
+
+        Raises:
+            VerificationError: One was: numbers are used once.
+        """
+        if self._db.execute("SELECT 1 FROM mail WHERE sequence = ?", (sequence,)).fetchone() is not None:
+            raise VerificationError(f"expected a message with a number of its own, got a second one with {sequence}")
+
     def save_answer(self, message: str, sequence: int, answer: bytes) -> bytes:
         """Store an answer before it leaves. The first one stands, and is returned.
 
@@ -216,7 +177,8 @@ class ClientState:
             db.execute("INSERT OR IGNORE INTO mail VALUES (?, ?, ?, 0)", (message, sequence, answer))
         stored = self.answer_to(message)
         if stored is None:
-            raise VerificationError(f"expected a message with a number of its own, got a second one with {sequence}")
+            self.require_unused(sequence)
+            raise StateError("expected an answer in client.db right after it was saved")
         return stored
 
     def mark_delivered(self, message: str) -> None:

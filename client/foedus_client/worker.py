@@ -1,9 +1,9 @@
 """The worker: the child process that holds the base model and the data, and no keys.
 
-``python -m foedus_client.worker FD`` answers on one end of a socket pair until the other end closes. A `train` or
-`evaluate` task becomes a Flower `Message` for the `ClientApp` of `app.py`; `setup` and `check` are between the daemon
-and its worker alone. Messages are JSON of bounded length, never pickle. When the daemon dies, so does the worker,
-also in the middle of a step: two workers must not write into one work folder.
+``python -m foedus_client.worker FD PARENT`` answers on one end of a socket pair until the other end closes. A `train`
+or `evaluate` task becomes a Flower `Message` for the `ClientApp` of `app.py`; `setup` and `check` are between the
+daemon and its worker alone. Messages are JSON of bounded length, never pickle. When the daemon dies, so does the
+worker, also in the middle of a step: two workers must not write into one work folder.
 
 An error of our own tree crosses with its text, which by the house's rule holds no record. Of any other exception only
 the class crosses, and the log gets the stack without its message: a library's text may quote what it choked on.
@@ -121,9 +121,9 @@ def leave_with(parent: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve on the socket whose descriptor is the only argument."""
+    """Serve on a socket's descriptor, for as long as the process that is named beside it lives."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    leave_with(os.getppid())
+    leave_with(int(arguments[1]))
     set_threads()
     serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
     return 0

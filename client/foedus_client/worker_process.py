@@ -146,7 +146,7 @@ class WorkerProcess:
         stderr = None if self._stderr is None else self._stderr.open("ab")
         try:
             self._process = subprocess.Popen(  # nosec B603: fixed module of this program
-                [*self._command, str(theirs.fileno())],
+                [*self._command, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,

@@ -12,11 +12,9 @@ import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from foedus_protocols.charter import Charter, sign_charter
-from foedus_protocols.charter_draft import draft, read_draft
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import StateError, UsageError, VerificationError
 from foedus_protocols.files import write_durably
@@ -25,8 +23,13 @@ from foedus_protocols.manifest import read_config, verify_manifest
 from rich.console import Console
 from rich.table import Table
 
-from foedus_coordinator import views
 from foedus_coordinator.config import DEFAULT_HOME, HOME_VARIABLE, Config, Home, default_listen
+
+if TYPE_CHECKING:
+    from foedus_protocols.charter import Charter
+
+# What reads charters brings the accountant along, a second of imports that `init`, `invite` and `approve` do without.
+# So the other commands import it themselves.
 
 app = typer.Typer(no_args_is_help=True, help="Plan rounds, sum what organisations send, publish variants.")
 run_app = typer.Typer(no_args_is_help=True, help="Start runs and look at them.")
@@ -150,6 +153,8 @@ def approve(
 @app.command()
 def status(home: HomeOption = DEFAULT_HOME, output: FormatOption = Format.text) -> None:
     """Members, requests and runs."""
+    from foedus_coordinator import views
+
     result = views.status(_open(home))
 
     def show(console: Console) -> None:
@@ -176,6 +181,9 @@ def start(
     output: FormatOption = Format.text,
 ) -> None:
     """Draw up a charter, sign it, and offer it to its participants. `up` does the rest."""
+    from foedus_protocols.charter import sign_charter
+    from foedus_protocols.charter_draft import draft, read_draft
+
     opened = _open(home)
     manifest = verify_manifest(base)
     config = read_config(base)
@@ -214,6 +222,8 @@ def start(
 @run_app.command("list")
 def list_runs(home: HomeOption = DEFAULT_HOME, output: FormatOption = Format.text) -> None:
     """All runs."""
+    from foedus_coordinator import views
+
     opened = _open(home)
     result = {"runs": [views.run_line(opened, row) for row in opened.storage.runs()]}
     emit(result, output, lambda console: console.print(_run_table(result["runs"])))
@@ -226,6 +236,8 @@ def show(
     output: FormatOption = Format.text,
 ) -> None:
     """One run: who signed, its rounds, what was spent and measured."""
+    from foedus_coordinator import views
+
     opened = _open(home)
     result = views.run_detail(opened, opened.storage.run(run))
 
@@ -240,7 +252,8 @@ def show(
         )
         console.print(_table(("round", "state", "missing", "seconds"), rows))
         if result["private"]:
-            console.print(f"epsilon {result['epsilon']:.3f} of {result['epsilon_agreed']:g}, delta {result['delta']:g}")
+            spent = "" if result["epsilon"] is None else f"{result['epsilon']:.3f} spent of "
+            console.print(f"epsilon {spent}{result['epsilon_agreed']:g}, delta {result['delta']:g}")
         else:
             console.print("[bold red]NOT PRIVATE[/bold red]")
         if result["loss_before"] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from foedus_protocols.charter import Charter
 from foedus_protocols.enrolment import serve_enrolment
@@ -31,10 +32,14 @@ def serve(home: Home, *, stop: threading.Event, say: Callable[[str], None]) -> N
     Raises:
         StateError: Another process serves this home, or a port is taken.
     """
-    with home.locked():
+    config = home.config
+    threads: dict[str, threading.Thread] = {}
+    with home.locked(), ExitStack() as stack:
         home.renew_certificate()
-        config = home.config
+        stack.callback(home.storage.close)
+        stack.callback(_join, threads)
         link = serve_link(f"{config.listen}:{config.link_port}", _link_desk(home), home.tls, slots=config.slots)
+        stack.callback(link.stop)
         enrolment_desk = EnrolmentDesk(
             members=home.members,
             federation=config.federation,
@@ -43,20 +48,13 @@ def serve(home: Home, *, stop: threading.Event, say: Callable[[str], None]) -> N
             link_address=f"{config.address}:{link.port}",
         )
         enrolment = serve_enrolment(f"{config.listen}:{config.enrolment_port}", enrolment_desk, home.tls)
+        stack.callback(enrolment.stop)
+        stack.callback(stop.set)  # First of all on the way out: the runs' threads look at it.
         say(
             f"listening: federation {config.federation}, link {config.address}:{link.port}, "
             f"enrolment {config.address}:{enrolment.port}"
         )
-        threads: dict[str, threading.Thread] = {}
-        try:
-            _watch(home, threads, stop, say)
-        finally:
-            stop.set()
-            enrolment.stop()
-            link.stop()
-            for thread in threads.values():
-                thread.join()
-            home.storage.close()
+        _watch(home, threads, stop, say)
 
 
 def run_of(home: Home, row: RunRow, *, stop: threading.Event, say: Callable[[str], None]) -> Run:
@@ -105,8 +103,9 @@ def _watch(home: Home, threads: dict[str, threading.Thread], stop: threading.Eve
     while not stop.wait(_LOOK_SECONDS):
         for row in home.storage.runs():
             if row.state != "finished" and row.id not in threads:
-                run = run_of(home, row, stop=stop, say=say)
-                threads[row.id] = threading.Thread(target=_execute, args=(run,), name=f"run-{row.id}")
+                threads[row.id] = threading.Thread(
+                    target=_execute, args=(home, row), kwargs={"stop": stop, "say": say}, name=f"run-{row.id}"
+                )
                 threads[row.id].start()
         if time.monotonic() > renew_at:
             renew_at += _RENEW_SECONDS
@@ -114,11 +113,17 @@ def _watch(home: Home, threads: dict[str, threading.Thread], stop: threading.Eve
                 say("the ports' certificate was renewed")
 
 
-def _execute(run: Run) -> None:
+def _execute(home: Home, row: RunRow, *, stop: threading.Event, say: Callable[[str], None]) -> None:
     """One run's thread. An error leaves the run as it is in the database: it goes on at the next start."""
     try:
+        run = run_of(home, row, stop=stop, say=say)
         start(run, run.grid)
     except Interrupted:
-        run.say(f"{run.id}: interrupted, goes on at the next start")
+        say(f"{row.id}: interrupted, goes on at the next start")
     except (FoedusError, OSError, SQLAlchemyError) as error:
-        run.say(f"{run.id}: stopped by an error, goes on at the next start: {error}")
+        say(f"{row.id}: stopped by an error, goes on at the next start: {error}")
+
+
+def _join(threads: dict[str, threading.Thread]) -> None:
+    for thread in threads.values():
+        thread.join()

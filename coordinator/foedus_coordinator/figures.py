@@ -5,6 +5,8 @@ Plain functions on an open transaction of `storage.Storage`, so that a caller de
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from foedus_protocols.messages import Scores
 from sqlalchemy import Connection, func, select
 
@@ -41,6 +43,36 @@ def scores_of(connection: Connection, run: str) -> dict[int, dict[str, Scores]]:
         value = Scores(loss_sum=row.loss_sum, tokens=row.tokens, units=row.units)
         out.setdefault(row.after, {})[row.org] = value
     return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Held-out loss in nats a token after some closed rounds, over the same organisations at every point of a run."""
+
+    after: int
+    loss: float
+    tokens: int
+
+
+def losses(scores: dict[int, dict[str, Scores]]) -> list[Loss]:
+    """The curve of a run: token losses summed over the organisations that reported at every point.
+
+    Args:
+        scores: By closed rounds and organisation (`scores_of`).
+
+    Returns:
+        One point for each number of closed rounds; empty where no organisation reported at all of them.
+    """
+    if not scores:
+        return []
+    common = set.intersection(*(set(by_org) for by_org in scores.values()))
+    points = []
+    for after, by_org in sorted(scores.items()):
+        tokens = sum(by_org[org].tokens for org in common)
+        if tokens > 0:
+            total = sum(by_org[org].loss_sum for org in common)
+            points.append(Loss(after=after, loss=total / tokens, tokens=tokens))
+    return points
 
 
 def add_seconds(connection: Connection, run: str, number: int, phase: str, seconds: float) -> None:

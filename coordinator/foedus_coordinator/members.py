@@ -25,7 +25,7 @@ from foedus_coordinator.tables import nodes, requests, rosters, tokens
 
 TOKEN_SECONDS = 24 * 3600
 _TOKEN_BYTES = 32
-_NEW_TOKEN = "the administrator makes another with: foedus coordinator invite"
+_ASK_AGAIN = "the administrator makes another with: foedus coordinator invite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ class Members:
                 return Request(**known._mapping)
             row = connection.execute(select(tokens).where(tokens.c.digest == _digest(token))).first()
             if row is None or row.org != org:
-                raise VerificationError(f"expected a token for {org}, got one that is not; {_NEW_TOKEN} {org}")
+                raise VerificationError(f"expected a token for {org}, got one that is not; {_ASK_AGAIN} {org}")
             if row.used_at is not None:
-                raise StateError(f"expected a fresh token for {org}, this one was used; {_NEW_TOKEN} {org}")
+                raise StateError(f"expected a fresh token for {org}, this one was used; {_ASK_AGAIN} {org}")
             if row.expires < now:
-                raise StateError(f"expected a fresh token for {org}, this one has expired; {_NEW_TOKEN} {org}")
+                raise StateError(f"expected a fresh token for {org}, this one has expired; {_ASK_AGAIN} {org}")
             connection.execute(tokens.update().where(tokens.c.digest == row.digest).values(used_at=now))
             values = {
                 "id": request_id,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,52 +21,23 @@ from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.charter import Charter, delta_for_accountant
 from foedus_protocols.errors import VerificationError
 from foedus_protocols.identity import public_hex, sign
-from foedus_protocols.messages import Scores
+from foedus_protocols.manifest import MANIFEST_FILE
 
 from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
 from foedus_coordinator.run import Run
 
 MANIFEST_CONTEXT = "foedus/variant/1"
-MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 _SHORT = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """Held-out loss in nats a token after some closed rounds, over the same organisations at every point of a run."""
-
-    after: int
-    loss: float
-    tokens: int
-
-
-def losses(scores: dict[int, dict[str, Scores]]) -> list[Loss]:
-    """The curve of a run: token losses summed over the organisations that reported at every point.
-
-    Args:
-        scores: By closed rounds and organisation (`figures.scores_of`).
-
-    Returns:
-        One point for each number of closed rounds; empty where no organisation reported at all of them.
-    """
-    if not scores:
-        return []
-    common = set.intersection(*(set(by_org) for by_org in scores.values()))
-    points = []
-    for after, by_org in sorted(scores.items()):
-        tokens = sum(by_org[org].tokens for org in common)
-        if tokens > 0:
-            total = sum(by_org[org].loss_sum for org in common)
-            points.append(Loss(after=after, loss=total / tokens, tokens=tokens))
-    return points
 
 
 def epsilon_after(charter: Charter, rounds: int) -> float | None:
     """The largest epsilon that any participant's units have spent after `rounds` rounds; None in mode `none`."""
     if not charter.private:
         return None
+    if rounds == 0:
+        return 0.0
     return max(
         _epsilon(
             participant.noise_multiplier,
@@ -85,7 +55,7 @@ def build_manifest(run: Run, chain: Chain) -> dict[str, Any]:
     rounds = run.storage.rounds(run.id)
     with run.storage.read() as connection:
         up, down = figures.bytes_of(connection, run.id)
-        curve = losses(figures.scores_of(connection, run.id))
+        curve = figures.losses(figures.scores_of(connection, run.id))
     row = run.storage.run(run.id)
     manifest: dict[str, Any] = {
         "format": "foedus-variant/1",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from foedus_protocols.charter import Charter
+from foedus_protocols.manifest import MANIFEST_FILE
 
 from foedus_coordinator import figures
 from foedus_coordinator.config import Home
 from foedus_coordinator.storage import RoundRow, RunRow
-from foedus_coordinator.variant import epsilon_after, losses
+from foedus_coordinator.variant import epsilon_after
 
 
 def run_line(home: Home, row: RunRow) -> dict[str, Any]:
     """One run in a list."""
-    charter = charter_of(home, row)
+    terms = _terms(home, row)
     rounds = home.storage.rounds(row.id)
     return {
         "run": row.id,
@@ -23,34 +26,37 @@ def run_line(home: Home, row: RunRow) -> dict[str, Any]:
         "outcome": row.outcome,
         "reason": row.reason,
         "rounds_closed": sum(one.state == "closed" for one in rounds),
-        "rounds": charter.privacy.rounds,
-        "participants": [participant.id for participant in charter.participants],
+        "rounds": terms["privacy"]["rounds"],
+        "participants": [participant["id"] for participant in terms["participants"]],
         "variant": row.variant,
     }
 
 
 def run_detail(home: Home, row: RunRow) -> dict[str, Any]:
-    """Everything about one run: who signed, each round with its seconds by phase, losses, epsilon, bytes."""
-    charter = charter_of(home, row)
+    """Everything about one run: who signed, each round with its seconds by phase, losses, epsilon, bytes.
+
+    ``epsilon`` is filled in once the run has ended; until then only ``epsilon_agreed``, which it cannot pass.
+    """
+    terms = _terms(home, row)
     rounds = home.storage.rounds(row.id)
     with home.storage.read() as connection:
         seconds = figures.seconds_of(connection, row.id)
-        curve = losses(figures.scores_of(connection, row.id))
+        curve = figures.losses(figures.scores_of(connection, row.id))
         up, down = figures.bytes_of(connection, row.id)
     answers = home.storage.signatures(row.id)
     return {
         **run_line(home, row),
         "charter": row.charter_digest,
-        "purpose": charter.purpose,
-        "private": charter.private,
-        "delta": charter.privacy.delta,
-        "epsilon_agreed": charter.privacy.epsilon,
-        "epsilon": epsilon_after(charter, len(rounds)) if rounds else (0.0 if charter.private else None),
+        "purpose": terms["purpose"],
+        "private": terms["privacy"]["mode"] != "none",
+        "delta": terms["privacy"].get("delta"),
+        "epsilon_agreed": terms["privacy"].get("epsilon"),
+        "epsilon": _epsilon(home, row, len(rounds)),
         "answers": {
             org: "signed" if signed else "waiting" if step is None else f"refused at check {step}"
             for org, (signed, step) in answers.items()
         },
-        "round_list": [_round(charter, one, seconds.get(one.number, {})) for one in rounds],
+        "round_list": [_round(one, set(answers), seconds.get(one.number, {})) for one in rounds],
         "evaluate_seconds": seconds.get(len(rounds) + 1, {}).get("evaluate"),
         "losses": [vars(point) for point in curve],
         "loss_before": curve[0].loss if curve else None,
@@ -89,13 +95,25 @@ def status(home: Home) -> dict[str, Any]:
     }
 
 
-def charter_of(home: Home, row: RunRow) -> Charter:
-    """A run's charter."""
-    return Charter.parse(home.files.path(row.charter_digest).read_bytes())
+def _terms(home: Home, row: RunRow) -> dict[str, Any]:
+    """A run's charter as plain JSON: it was checked when it was signed, and `Charter` would load the accountant."""
+    terms: dict[str, Any] = json.loads(home.files.path(row.charter_digest).read_bytes())
+    return terms
 
 
-def _round(charter: Charter, row: RoundRow, seconds: dict[str, float]) -> dict[str, Any]:
-    orgs = {participant.id for participant in charter.participants}
+def _epsilon(home: Home, row: RunRow, rounds: int) -> float | None:
+    """What an ended run has spent: as its variant says, else as the accountant does."""
+    if row.state != "finished":
+        return None
+    if row.variant is not None and (Path(row.variant) / MANIFEST_FILE).exists():
+        signed = json.loads((Path(row.variant) / MANIFEST_FILE).read_bytes())
+        spent: float | None = signed["manifest"]["privacy"]["epsilon"]
+        return spent
+
+    return epsilon_after(Charter.parse(home.files.path(row.charter_digest).read_bytes()), rounds)
+
+
+def _round(row: RoundRow, orgs: set[str], seconds: dict[str, float]) -> dict[str, Any]:
     return {
         "round": row.number,
         "state": row.state,

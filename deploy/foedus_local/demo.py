@@ -7,7 +7,6 @@ read here to show progress.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from foedus_protocols.errors import RoundFailed, StateError
 from foedus_protocols.files import write_durably
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from foedus_local.federation import NAMESPACE, Budget, LocalFederation
+from foedus_local.federation import Budget, LocalFederation
 from foedus_local.plan import Plan
 
 MARKER = "demo.json"
@@ -100,7 +99,6 @@ def run_demo(plan: Plan, folder: Path, base: Path) -> Result:
     federation = LocalFederation(folder, plan.organisations, base)
     budget = Budget(epsilon_cap=plan.terms.epsilon, delta=plan.terms.delta, allow_unprotected=not plan.terms.private)
     try:
-        _fix_split_keys(federation, plan.terms.seed)
         federation.create(budget, _say)
         run = federation.start_run(plan.charter())
         detail = _watch(federation, run)
@@ -113,15 +111,6 @@ def run_demo(plan: Plan, folder: Path, base: Path) -> Result:
     variant = folder / "variant"
     shutil.copytree(detail["variant"], variant)
     return Result(plan=plan, detail=detail, seconds=time.monotonic() - started, variant=variant)
-
-
-def _fix_split_keys(federation: LocalFederation, seed: int) -> None:
-    """Which units are held out follows from the demo's seed, so that two demos compare on the same units."""
-    for org in federation.organisations:
-        key = hashlib.sha256(f"foedus/demo/split/{seed}/{org}".encode()).hexdigest()
-        path = federation.home(org) / "keys" / f"split-{NAMESPACE.encode().hex()}.key"
-        path.parent.mkdir(parents=True, mode=0o700)
-        write_durably(path, f"{key}\n".encode(), mode=0o600)
 
 
 def _watch(federation: LocalFederation, run: str) -> dict[str, Any]:

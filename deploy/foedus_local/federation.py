@@ -17,6 +17,7 @@ from typing import Any
 import tomlkit
 from foedus_client import policy
 from foedus_protocols.errors import FoedusError
+from foedus_protocols.files import write_durably
 
 from foedus_local.processes import Process, free_ports, run_command
 
@@ -36,6 +37,8 @@ class Organisation:
         file: Its records.
         unit: The field that names a record's privacy unit, or ``record``.
         units_at_most: The declared bound, a power of two.
+        split_key: Decides which of its units are held out. Elsewhere the organisation draws it; here it follows from
+            the demo's seed, so that two demos compare on the same units.
         columns: Role to column, where the file's shape is not recognised.
     """
 
@@ -43,6 +46,7 @@ class Organisation:
     file: Path
     unit: str
     units_at_most: int
+    split_key: bytes
     columns: dict[str, str] = field(default_factory=dict)
 
 
@@ -153,6 +157,8 @@ class LocalFederation:
         self._client(org, "join")
 
     def _register(self, one: Organisation, budget: Budget) -> None:
+        key_file = self.home(one.org) / "keys" / f"split-{NAMESPACE.encode().hex()}.key"
+        write_durably(key_file, f"{one.split_key.hex()}\n".encode(), mode=0o600)
         columns = [f"{one.file}:" + ",".join(f"{role}={name}" for role, name in one.columns.items())]
         self._client(
             one.org, "data", "add", str(one.file), "--name", "demo", "--purpose", PURPOSE,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from foedus_protocols.manifest import TOKENIZER_FILE
 from foedus_local.federation import PURPOSE, Organisation
 from foedus_local.text import DOMAINS, write_demo_text
 
+_SPLIT_ATTEMPTS = 32
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -97,7 +98,13 @@ def plan_invented(folder: Path, domain: str, terms: Terms) -> Plan:
         raise UsageError(f"expected --domain {' or '.join(DOMAINS)}, got {domain!r}")
     text = write_demo_text(folder, domain=domain, seed=terms.seed)
     organisations = tuple(
-        Organisation(org=org, file=path, unit=text.unit, units_at_most=power_of_two(text.units[org]))
+        Organisation(
+            org=org,
+            file=path,
+            unit=text.unit,
+            units_at_most=power_of_two(text.units[org]),
+            split_key=_split_key(terms.seed, org),
+        )
         for org, path in text.files.items()
     )
     return Plan(domain=domain, organisations=organisations, unit=text.unit, terms=terms)
@@ -132,22 +139,35 @@ def power_of_two(count: int) -> int:
 
 
 def _organisation(path: Path, unit: str, columns: dict[str, str], base: Path, terms: Terms) -> Organisation:
-    found = load_dataset(
-        [path],
-        units=unit,
-        columns={stem(path): columns} if columns else {},
-        tokenizer_path=base / TOKENIZER_FILE,
-        max_tokens=terms.max_tokens,
-        max_records_per_unit=terms.max_records_per_unit,
-        split_key=secrets.token_bytes(32),
+    """Read one file: how many units to declare, and a split key under which at least one unit is held out."""
+    org = _org_id(stem(path))
+    for attempt in range(_SPLIT_ATTEMPTS):
+        split_key = _split_key(terms.seed, org, attempt)
+        found = load_dataset(
+            [path],
+            units=unit,
+            columns={stem(path): columns} if columns else {},
+            tokenizer_path=base / TOKENIZER_FILE,
+            max_tokens=terms.max_tokens,
+            max_records_per_unit=terms.max_records_per_unit,
+            split_key=split_key,
+        )
+        if found.heldout and found.train:
+            return Organisation(
+                org=org,
+                file=path,
+                unit=unit,
+                units_at_most=power_of_two(found.report.units),
+                split_key=split_key,
+                columns=columns,
+            )
+    raise DataError(
+        f"expected several units in {path.name}, got {found.report.units}: none could be held out beside one to train on"
     )
-    return Organisation(
-        org=_org_id(stem(path)),
-        file=path,
-        unit=unit,
-        units_at_most=power_of_two(found.report.units),
-        columns=columns,
-    )
+
+
+def _split_key(seed: int, org: str, attempt: int = 0) -> bytes:
+    return hashlib.sha256(f"foedus/demo/split/{seed}/{org}/{attempt}".encode()).digest()
 
 
 def _org_id(name: str) -> str:

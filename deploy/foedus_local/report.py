@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from foedus_coordinator import views
 from foedus_coordinator.config import Home
 from foedus_coordinator.variant import epsilon_after
+from foedus_protocols.charter import Charter
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +52,7 @@ def draw(result: Result, coordinator_home: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     home = Home(coordinator_home)
-    charter = views.charter_of(home, home.storage.run(result.detail["run"]))
+    charter = Charter.parse(home.files.read(result.detail["charter"]))
     points: list[dict[str, Any]] = result.detail["losses"]
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
     left.plot([one["after"] for one in points], [one["loss"] for one in points], "o-", color="tab:blue")

@@ -16,7 +16,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from foedus_protocols.errors import CheckpointError
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -44,11 +43,11 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
         [..., G * 32] in `dtype`, contiguous.
 
     Raises:
-        CheckpointError: A wrong shape or type, or a dtype in which the values are not exact.
+        ValueError: A wrong shape or type, or a dtype in which the values are not exact.
     """
     _check_packed(blocks, scales)
     if dtype not in _QUAD:
-        raise CheckpointError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
+        raise ValueError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
     # Two bytes, four values, a look-up: 1.5 Gelem/s a core in float32 against 0.9 with one byte a look-up (Zen 4, a
     # stack of 16 x 256 x 128, 2026-11). The table takes 1 MiB and stays in the second-level cache.
     if blocks.storage_offset() % 2:
@@ -73,14 +72,14 @@ def encode(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         blocks uint8 [..., K/32, 16] and scales uint8 [..., K/32].
 
     Raises:
-        CheckpointError: K is not a multiple of 32, or a value is not finite or beyond the largest group.
+        ValueError: K is not a multiple of 32, or a value is not finite or beyond the largest group.
     """
     if dense.shape[-1] % GROUP:
-        raise CheckpointError(f"MXFP4 stores groups of {GROUP} inputs, got {dense.shape[-1]} inputs")
+        raise ValueError(f"MXFP4 stores groups of {GROUP} inputs, got {dense.shape[-1]} inputs")
     groups = dense.detach().float().unflatten(-1, (-1, GROUP))  # (..., G, 32)
     largest = groups.abs().amax(-1)  # (..., G)
     if not bool(torch.isfinite(largest).all()) or bool((largest > 2.0**126).any()):
-        raise CheckpointError("expected finite weights below 2^126, got others: they cannot be stored as MXFP4")
+        raise ValueError("expected finite weights below 2^126, got others: they cannot be stored as MXFP4")
     _, exponent = torch.frexp(largest)  # largest = m * 2^exponent, m in [0.5, 1)
     tight = (exponent - 1 - _LARGEST_CODE_EXPONENT + SCALE_BIAS).clamp(SMALLEST_SCALE, LARGEST_SCALE - 1)
     tight = torch.where(largest == 0, SCALE_BIAS, tight).to(torch.uint8)
@@ -126,9 +125,9 @@ def _quad_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 def _check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
-        raise CheckpointError(f"expected uint8 blocks and scales, got {blocks.dtype} and {scales.dtype}")
+        raise ValueError(f"expected uint8 blocks and scales, got {blocks.dtype} and {scales.dtype}")
     if blocks.shape != (*scales.shape, GROUP // 2):
-        raise CheckpointError(
+        raise ValueError(
             f"expected blocks of shape {(*scales.shape, GROUP // 2)} for scales of shape {tuple(scales.shape)}, "
             f"got {tuple(blocks.shape)}"
         )

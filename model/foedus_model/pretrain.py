@@ -5,8 +5,11 @@ One file, one loop, after karpathy/nanoGPT: AdamW, a cosine, windows of one long
 * The draw of a step is a function of (seed, step), so an interrupted run continues with the same batches.
 * One row in eight is a chat in the harmony format, so that the special tokens have been seen.
 * In the last quarter the experts are rounded to MXFP4 in every forward pass while the optimiser keeps the exact
-  weights (straight-through estimation, https://arxiv.org/abs/1308.3432). Rounding once at the end costs 0.09 bits
-  a byte; learning with the rounding costs next to nothing.
+  weights (straight-through estimation, https://arxiv.org/abs/1308.3432), so that what is shipped is what was
+  trained. Rounding a finished model once cost 0.09 bits a byte in a prototype.
+
+The shipped run: 1,500 steps, 3.1 M tokens (4 epochs); 1.835 bits a byte on held-out documents against
+1.43 on documents it was trained on, so more text would help it more than more steps.
 
 Left out: mixed precision (bf16 on a CPU without matrix units gains 10 %) and every form of parallelism.
 """

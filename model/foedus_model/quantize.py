@@ -32,7 +32,10 @@ def quantise(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> di
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(_EXPERT_MATRICES):
-            blocks, scales = mxfp4.encode(tensor.transpose(-1, -2))  # (E, N, K)
+            try:
+                blocks, scales = mxfp4.encode(tensor.mT)  # (E, N, K)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}") from error
             tensors[f"{name}_blocks"] = blocks
             tensors[f"{name}_scales"] = scales
         elif not (name == "lm_head.weight" and config.get("tie_word_embeddings")):

@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
-
-import dp_accounting
-from dp_accounting import pld, rdp
+from typing import TYPE_CHECKING, NamedTuple
 
 from foedus_protocols.errors import ConfigError
+
+if TYPE_CHECKING:
+    import dp_accounting
+
+# `dp_accounting` is imported where it is used: with scipy it takes longer than most commands, which never account.
 
 TARGET_UNITS = 64
 """Expected units a step: the default of `party_constants`."""
@@ -277,6 +279,8 @@ def _epsilon(merged: tuple[Event, ...], delta: float, loss_step: float) -> float
         return 0.0
     if merged[0].noise_multiplier < SMALLEST_NOISE:
         return math.inf
+    from dp_accounting import pld
+
     accountant = pld.PLDAccountant(value_discretization_interval=loss_step)
     for event in merged:
         accountant.compose(_dp_event(event), event.steps)
@@ -285,6 +289,8 @@ def _epsilon(merged: tuple[Event, ...], delta: float, loss_step: float) -> float
 
 def _rdp(merged: tuple[Event, ...], delta: float, orders: tuple[float, ...]) -> tuple[float, float]:
     """Epsilon by RDP, and the order that gave it."""
+    from dp_accounting import rdp
+
     with _unconverged_orders_unsaid():
         accountant = rdp.RdpAccountant(orders=list(orders))
         for event in merged:
@@ -294,6 +300,8 @@ def _rdp(merged: tuple[Event, ...], delta: float, orders: tuple[float, ...]) -> 
 
 
 def _dp_event(event: Event) -> dp_accounting.DpEvent:
+    import dp_accounting
+
     gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
     return dp_accounting.PoissonSampledDpEvent(event.sampling_prob, gaussian)
 

@@ -24,13 +24,13 @@ from foedus_client.work import (
     TrainReply,
     TrainTask,
 )
-from foedus_protocols import codec, rules
+from foedus_protocols import accounting, codec, rules
 from foedus_protocols.accounting import party_constants, weight
 from foedus_protocols.canonical import canonical_bytes, digest
 from foedus_protocols.charter import Charter, charter_events
 from foedus_protocols.errors import ConnectError
 from foedus_protocols.identity import generate_signing_key, public_hex
-from foedus_protocols.messages import ClosedRound, History, Scores, TrainOrder
+from foedus_protocols.messages import Agreement, ClosedRound, History, Scores, TrainOrder
 from foedus_protocols.receipt import sign_receipt
 from foedus_protocols.store import FileStore
 
@@ -158,7 +158,9 @@ class FakeCoordinator:
         """Take an answer in."""
         self.delivered.append(envelope)
 
-    def close_round(self, number: int, vectors: dict[str, np.ndarray], tmp_path: Path, words: bytes | None = None) -> None:
+    def close_round(
+        self, number: int, vectors: dict[str, np.ndarray], tmp_path: Path, words: bytes | None = None
+    ) -> None:
         """Sum the survivors' vectors (and the organisation's own words, where given), and go one adapter further."""
         coding = self.charter.coding()
         key = codec.coding_key(self.charter.digest, RUN, number)
@@ -177,9 +179,7 @@ class FakeCoordinator:
         codec.add_packed_files(paths, coding=coding, out=out)
         total = codec.decode_sum(codec.read_packed(out, coding), coding=coding, key=key)
         mean = rules.mean_of_sum(total, [self.charter.relative_weight(org) for org in survivors])
-        self.adapter, self.optimiser = rules.advance(
-            self.adapter, mean, rule=self.charter.rule(), state=self.optimiser
-        )
+        self.adapter, self.optimiser = rules.advance(self.adapter, mean, rule=self.charter.rule(), state=self.optimiser)
         entry = ClosedRound(
             round=number,
             attempt=1,
@@ -188,6 +188,15 @@ class FakeCoordinator:
             adapter_digest=self.adapter_digest,
         )
         self.history.append(entry)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Signatures that nobody here verifies: the numbered checks have tests of their own."""
+        return Agreement(
+            charter_digest=self.charter.digest,
+            operator_signature="b" * 128,
+            signatures=dict.fromkeys(ORGS, "c" * 128),
+        )
 
     @property
     def adapter_digest(self) -> str:
@@ -203,7 +212,7 @@ class FakeCoordinator:
         """A round's order from where the run stands."""
         value = {
             "charter_digest": self.charter.digest,
-            "agreement_digest": "3" * 64,
+            "agreement_digest": self.store.put_bytes(self.agreement.encode()),
             "round": number,
             "attempt": 1,
             "adapter_digest": self.adapter_digest,
@@ -236,7 +245,8 @@ class FakeWorker:
         """Write noise."""
         self.trained += 1
         self.adapters.append(Path(task.adapter).read_bytes())
-        vector = np.random.default_rng().normal(0, 0.05, LENGTH).astype("<f4")
+        length = Path(task.adapter).stat().st_size // 4
+        vector = np.random.default_rng().normal(0, 0.05, length).astype("<f4")
         vector.tofile(task.output)
         return TrainReply(figures={"sampled_units": 3})
 
@@ -256,7 +266,7 @@ class Desk:
         self.worker = FakeWorker()
         self.now = 1_000.0
         self.pulls: list[str] = []
-        self.checks: list[str] = []
+        self.checks: list[tuple[Agreement, bool]] = []
         (home / "work").mkdir()
         self.open()
         self.ledger.open_namespace("patients", unit="topic")
@@ -293,7 +303,7 @@ class Desk:
                 max_tokens=64,
                 max_records_per_unit=2,
             ),
-            check=self.checks.append,
+            check=lambda agreement, spends: self.checks.append((agreement, spends)),
         )
 
     def open(self) -> None:
@@ -326,14 +336,25 @@ class Desk:
 
 
 @pytest.fixture
-def desk(make_charter: Callable[..., Charter], operator_key: Ed25519PrivateKey, tmp_path: Path) -> Desk:
-    """An organisation at the start of a private run."""
-    return Desk(make_charter(), operator_key, tmp_path)
+def make_worker() -> Callable[[], FakeWorker]:
+    """A function that makes a worker of plain functions."""
+    return FakeWorker
+
+
+@pytest.fixture
+def desk(make_desk: Callable[..., Desk]) -> Desk:
+    """An organisation at the start of a private run. The accountant, seconds a call, has tests of its own."""
+    return make_desk()
 
 
 @pytest.fixture
 def make_desk(
-    make_charter: Callable[..., Charter], operator_key: Ed25519PrivateKey, tmp_path: Path
+    make_charter: Callable[..., Charter],
+    operator_key: Ed25519PrivateKey,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Desk]:
     """An organisation at the start of a run of a given kind."""
+    monkeypatch.setattr(accounting, "epsilon", lambda events, delta: 7.9)
+    monkeypatch.setattr(accounting, "filter_order", lambda events, *, epsilon_cap, delta: 8.0)
     return lambda **kind: Desk(make_charter(**kind), operator_key, tmp_path)

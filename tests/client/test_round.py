@@ -33,7 +33,7 @@ def test_a_round_reserves_pushes_and_commits(desk: Any) -> None:
     assert answer.vector_digest == permit.words == pushed[0]
     assert answer.vector_bytes == len(pushed[1])
     assert answer.scores is None
-    assert desk.checks == ["3" * 64]
+    assert desk.checks == [(desk.coordinator.agreement, True)]
     kinds = [entry.kind for entry in desk.ledger.entries("patients")]
     assert kinds == ["open", "allot", "reserve", "commit"]
     assert desk.state.round(desk.charter.digest, 1).receipt["verdict"] == "included"
@@ -65,6 +65,8 @@ def test_a_crash_after_push_sends_the_same_bytes_and_spends_once(desk: Any) -> N
     rounds.take_part(desk.coordinator.order(1), desk.seat, desk.ports)
     first, second = desk.coordinator.pushed
     assert first == second
+    # The allotment need not cover the round a second time: in the last round nothing would be left of it.
+    assert [spends for _, spends in desk.checks] == [True, False]
     assert desk.worker.trained == 1
     assert sum(event.steps for event in desk.ledger.spent("patients")) == 1
 
@@ -245,6 +247,7 @@ def test_an_organisation_that_holds_out_nothing_answers_without_scores(desk: Any
     for _ in range(2):
         answer, _ = rounds.evaluate(order, desk.seat, desk.ports)
         assert answer.scores is None
+    assert [spends for _, spends in desk.checks] == [False, False]
     assert desk.worker.evaluated == 1
 
 

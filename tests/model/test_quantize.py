@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from foedus_kernels import mxfp4
 from foedus_model.quantize import quantise
+from foedus_protocols.errors import CheckpointError
 
 from .conftest import random_state, small_config
 
@@ -26,6 +28,11 @@ def test_expert_rows_are_outputs_and_the_rest_is_bfloat16() -> None:
     assert {t.dtype for t in others.values()} == {torch.bfloat16}
     assert "lm_head.weight" not in tensors
     assert "lm_head.weight" in quantise(state, config | {"tie_word_embeddings": False})
+
+
+def test_a_matrix_that_does_not_fit_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.down_proj: .* 33 inputs"):
+        quantise({"model.layers.0.mlp.experts.down_proj": torch.zeros(2, 33, 32)}, {})
 
 
 def test_transformers_decodes_what_was_stored(base: Path, dequantised: Any) -> None:

@@ -1,0 +1,93 @@
+"""The daemon's memory: what was written stands, also beside another process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from foedus_client.state import ClientState
+from foedus_protocols.errors import StateError, VerificationError
+from foedus_protocols.messages import ClosedRound, Scores
+
+pytestmark = pytest.mark.unit
+
+CHARTER = "ab" * 32
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> ClientState:
+    memory = ClientState(tmp_path / "client.db")
+    memory.note_offer(digest=CHARTER, run="run-1", name="trial", purpose="research", operator_signature="0" * 128)
+    return memory
+
+
+def _entry(number: int, adapter: str = "1") -> ClosedRound:
+    return ClosedRound(round=number, attempt=1, survivors=["a", "b"], sum_digest="2" * 64, adapter_digest=adapter * 64)
+
+
+def test_the_first_answer_stands(state: ClientState) -> None:
+    assert state.save_answer("m1", 5, b"first") == b"first"
+    assert state.save_answer("m1", 5, b"second") == b"first"
+    assert state.answer_to("m1") == b"first"
+    assert state.answer_to("m2") is None
+
+
+def test_a_sequence_number_is_used_once(state: ClientState) -> None:
+    state.save_answer("m1", 5, b"first")
+    with pytest.raises(VerificationError, match="number"):
+        state.save_answer("m2", 5, b"another")
+
+
+def test_our_own_numbers_rise_across_restarts(state: ClientState, tmp_path: Path) -> None:
+    first = [state.next_sequence() for _ in range(3)]
+    state.close()
+    assert [*first, ClientState(tmp_path / "client.db").next_sequence()] == [1, 2, 3, 4]
+
+
+def test_a_round_has_one_set_of_words(state: ClientState) -> None:
+    state.save_words(CHARTER, 1, digest="3" * 64, size=10)
+    state.save_words(CHARTER, 1, digest="3" * 64, size=10)
+    with pytest.raises(StateError, match="one set of words"):
+        state.save_words(CHARTER, 1, digest="4" * 64, size=10)
+    assert state.round(CHARTER, 1).words == "3" * 64
+
+
+def test_scores_are_kept_by_adapter_and_none_is_a_score(state: ClientState) -> None:
+    assert state.scores(CHARTER, 0) == (False, None)
+    state.save_scores(CHARTER, 0, None)
+    state.save_scores(CHARTER, 1, Scores(loss_sum=3.0, tokens=2, units=1))
+    state.save_scores(CHARTER, 1, Scores(loss_sum=9.0, tokens=2, units=1))
+    assert state.scores(CHARTER, 0) == (True, None)
+    assert state.scores(CHARTER, 1) == (True, Scores(loss_sum=3.0, tokens=2, units=1))
+
+
+def test_history_is_appended_and_never_rewritten(state: ClientState) -> None:
+    state.append_history(CHARTER, 0, _entry(1))
+    state.append_history(CHARTER, 0, _entry(1))
+    state.append_history(CHARTER, 1, _entry(3))
+    with pytest.raises(VerificationError, match="rewritten"):
+        state.append_history(CHARTER, 1, _entry(3, adapter="9"))
+    assert state.history(CHARTER) == [_entry(1), _entry(3)]
+
+
+def test_a_charter_keeps_its_run(state: ClientState) -> None:
+    with pytest.raises(VerificationError, match="run"):
+        state.note_offer(digest=CHARTER, run="run-2", name="x", purpose="x", operator_signature="0" * 128)
+
+
+def test_a_decision_from_another_connection_is_seen(state: ClientState, tmp_path: Path) -> None:
+    ClientState(tmp_path / "client.db").decide(CHARTER[:8], approve=True)
+    assert state.charter(CHARTER).state == "approved"
+
+
+def test_a_decided_charter_cannot_be_decided_otherwise(state: ClientState) -> None:
+    state.decide(CHARTER, approve=False, reason="no")
+    with pytest.raises(StateError, match="declined"):
+        state.decide(CHARTER, approve=True)
+
+
+def test_an_ambiguous_or_unknown_beginning_is_an_error(state: ClientState) -> None:
+    state.note_offer(digest="ab" * 31 + "ff", run="run-2", name="x", purpose="x", operator_signature="0" * 128)
+    for beginning in ("abab", "cdcd", "a", "%%%%"):
+        with pytest.raises(StateError):
+            state.charter(beginning)

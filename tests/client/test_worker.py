@@ -1,0 +1,175 @@
+"""The real worker: a process with the shipped base, a small data set, and Flower's `ClientApp` in between."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
+from foedus_client.worker_process import WorkerProcess
+from foedus_protocols.errors import CheckpointError, DataError
+from foedus_protocols.layout import attention_layout, initial_vector
+from foedus_protocols.manifest import read_config, read_manifest
+
+pytestmark = pytest.mark.unit
+
+BASE = Path(__file__).parents[2] / "model" / "foedus_model" / "tiny"
+RANK = 2
+PRIVATE = StepTermsTask(
+    private=True, l2_clip_norm=0.2, noise_multiplier=1.5, sampling_prob=0.5, expected_units=8.0, seed=None
+)
+OPEN = StepTermsTask(
+    private=False, l2_clip_norm=0.2, noise_multiplier=0.0, sampling_prob=0.5, expected_units=8.0, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen units of two records, and a starting adapter."""
+    place = tmp_path_factory.mktemp("work")
+    rows = [
+        {
+            "question": f"What is item {unit} of list {row}?",
+            "answer": f"It is number {unit * row}.",
+            "topic": f"t{unit}",
+        }
+        for unit in range(16)
+        for row in range(2)
+    ]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    layout = attention_layout(read_config(BASE), rank=RANK)
+    initial_vector(layout).tofile(place / "adapter.f32")
+    return place
+
+
+@pytest.fixture(scope="module")
+def setup(folder: Path) -> Setup:
+    """The shipped base, and a split key that holds some of the sixteen units out."""
+    return Setup(
+        base=str(BASE),
+        base_digest=read_manifest(BASE).digest,
+        rank=RANK,
+        alpha=4.0,
+        adapter_seed="public",
+        layout_digest=attention_layout(read_config(BASE), rank=RANK).digest,
+        files=[str(folder / "data.jsonl")],
+        units="topic",
+        columns={},
+        split_key="11" * 32,
+        max_tokens=64,
+        max_records_per_unit=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path) -> Iterator[WorkerProcess]:
+    """One process for all tests here."""
+    process = WorkerProcess(folder)
+    yield process
+    process.stop()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _train(folder: Path, terms: StepTermsTask, *, org: str = "ahorn", number: int = 1) -> TrainTask:
+    return TrainTask(
+        terms=terms, org=org, round=number, adapter=str(folder / "adapter.f32"), output=str(folder / "vector.f32")
+    )
+
+
+def _vector(folder: Path) -> np.ndarray:
+    return np.fromfile(folder / "vector.f32", dtype="<f4")
+
+
+def test_a_private_step_writes_a_noised_vector(worker: WorkerProcess, setup: Setup, folder: Path) -> None:
+    vectors = []
+    for _ in range(2):
+        figures = worker.train(setup, _train(folder, PRIVATE), _nothing).figures
+        vectors.append(_vector(folder))
+    assert 0 <= figures["sampled_units"] <= 16
+    stated = PRIVATE.noise_multiplier / PRIVATE.expected_units
+    # Of some 20,000 coordinates the standard error of a standard deviation is half a percent: 5 % is ten of them.
+    assert vectors[0].std() == pytest.approx(stated, rel=0.05)
+    assert abs(np.corrcoef(vectors[0], vectors[1])[0, 1]) < 0.05
+
+
+def test_without_privacy_a_step_is_a_function_of_seed_org_and_round(
+    worker: WorkerProcess, setup: Setup, folder: Path
+) -> None:
+    def step(**which: object) -> bytes:
+        worker.train(setup, _train(folder, OPEN, **which), _nothing)  # type: ignore[arg-type]
+        return _vector(folder).tobytes()
+
+    first = step()
+    assert np.frombuffer(first, "<f4").any()
+    assert step() == first
+    assert step(number=2) != first
+    assert step(org="birke") != first
+
+
+def test_scores_are_of_held_out_units(worker: WorkerProcess, setup: Setup, folder: Path) -> None:
+    task = EvaluateTask(adapter=str(folder / "adapter.f32"), max_records=100)
+    scores = worker.evaluate(setup, task, _nothing).scores
+    assert scores is not None
+    assert 0 < scores.units < 16
+    assert 0.5 < scores.loss_sum / scores.tokens < 12.0
+
+
+def test_the_checks_pass_on_the_real_model(worker: WorkerProcess, setup: Setup) -> None:
+    from foedus_protocols import accounting
+
+    event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
+    epsilon = accounting.epsilon([event], 1e-5)
+    task = CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=epsilon)
+    figures = worker.check(setup, task, _nothing).figures
+    assert figures["epsilon_of_second_accountant"] == pytest.approx(epsilon, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        pytest.param({"base_digest": "0" * 64}, CheckpointError, id="another base"),
+        pytest.param({"layout_digest": "0" * 64}, CheckpointError, id="another layout"),
+        pytest.param({"files": ["/nowhere/data.jsonl"]}, DataError, id="no data"),
+    ],
+)
+def test_what_is_not_as_agreed_is_refused(
+    worker: WorkerProcess, setup: Setup, folder: Path, change: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        worker.train(setup.model_copy(update=change), _train(folder, OPEN), _nothing)
+
+
+def test_the_worker_leaves_when_its_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, socket, subprocess, sys, time\n"
+        "ours, theirs = socket.socketpair()\n"
+        "command = [sys.executable, '-m', 'foedus_client.worker', str(theirs.fileno()), str(os.getpid())]\n"
+        "child = subprocess.Popen(command, pass_fds=[theirs.fileno(), ours.fileno()])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        # The child also holds the other end of its socket pair: only its watch can tell it that the parent is gone.
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60.0
+    while _command(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _command(pid)
+
+
+def _command(pid: int) -> bytes:
+    """The command line of a running process, empty for none."""
+    done = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, check=False)
+    return b"" if b"<defunct>" in done.stdout else done.stdout.strip()

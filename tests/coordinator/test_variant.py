@@ -1,0 +1,122 @@
+"""The variant folder: what PEFT loads, what is signed, and what the card says in plain words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from foedus_coordinator.chain import Chain
+from foedus_coordinator.figures import losses
+from foedus_coordinator.variant import MANIFEST_CONTEXT, card, epsilon_after, write_variant
+from foedus_protocols import layout
+from foedus_protocols.canonical import canonical_bytes
+from foedus_protocols.errors import VerificationError
+from foedus_protocols.identity import verify
+from foedus_protocols.messages import Scores
+
+PRIVATE = {
+    "privacy": {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "rounds": 2, "l2_clip_norm": 1.0},
+    "participants": [
+        {"id": org, "unit": unit, "units_at_most": units}
+        for org, unit, units in (("alpha", "patient", 64), ("beta", "patient", 256), ("gamma", "matter", 256))
+    ],
+    "seed": None,
+}
+
+
+def finished(federation: Any, **changes: Any) -> tuple[Any, Chain, dict[str, Any], Path]:
+    """A run with two closed rounds as the database would have it, its variant written."""
+    federation.start_run(**changes)
+    run = federation.run()
+    for number in (1, 2):
+        run.storage.add_round(run.id, number, deadline=1.0, start_digest="a" * 64, history_digest="b" * 64)
+    run.storage.update_round(run.id, 1, state="closed", survivors=json.dumps(["alpha", "beta"]))
+    run.storage.update_round(run.id, 2, state="failed", reason="short")
+    run.storage.update_run(run.id, outcome="complete")
+    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain.adapter = np.arange(run.charter.adapter.length, dtype=np.float32) / 100
+    chain.closed = 1
+    folder = write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    run.storage.close()
+    return run, chain, manifest, folder
+
+
+def test_a_private_variant(federation: Any) -> None:
+    run, _, signed, folder = finished(federation, **PRIVATE)
+    manifest = signed["manifest"]
+    verify(federation.orgs["alpha"].operator_key, MANIFEST_CONTEXT, canonical_bytes(manifest), signed["signature"])
+    assert (manifest["private"], manifest["rounds_offered"], manifest["rounds_closed"]) == (True, 2, 1)
+    # The failed round is spent too: its vectors left the organisations.
+    assert manifest["privacy"]["epsilon"] == epsilon_after(run.charter, 2)
+    assert 7.0 < manifest["privacy"]["epsilon"] <= 8.0
+    assert epsilon_after(run.charter, 1) < manifest["privacy"]["epsilon"]
+    assert [one["rounds_included"] for one in manifest["participants"]] == [1, 1, 0]
+    text = (folder / "README.md").read_text()
+    assert "epsilon = " in text
+    assert "the coordinator sees each organisation's noised vector" in text
+    assert "Epsilon does not cover the held-out units" in text
+    assert "matter, patient" in text
+    assert "NOT PRIVATE" not in text
+
+
+def test_an_evaluation_term_of_none_promises_and_measures_nothing_more(federation: Any) -> None:
+    *_, folder = finished(federation, **PRIVATE, evaluation={"term": "none"})
+    text = (folder / "README.md").read_text()
+    assert "does not cover" not in text
+    assert "lets no score out" in text
+
+
+def test_mode_none_says_not_private_everywhere(federation: Any) -> None:
+    _, _, signed, folder = finished(federation)
+    assert signed["manifest"]["private"] is False
+    assert signed["manifest"]["privacy"]["epsilon"] is None
+    assert folder.name.endswith("-NOT-PRIVATE")
+    assert (folder / "README.md").read_text().startswith("# small: NOT PRIVATE")
+
+
+def test_the_peft_files_hold_the_adapter(federation: Any) -> None:
+    run, chain, _, folder = finished(federation)
+    shape = layout.attention_layout(json.loads(federation.home.storage.run(run.id).base_config), rank=2)
+    read = layout.read_peft(folder, shape)
+    assert np.array_equal(read.vector, chain.adapter)
+    assert (read.rank, read.alpha, read.base_name) == (2, 4.0, "toy")
+
+
+def test_writing_again_replaces_the_folder_by_the_same(federation: Any) -> None:
+    _, chain, _, folder = finished(federation)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    again = write_variant(federation.run(), chain, folder=folder.parent, key=federation.home.operator_key)
+    assert again == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_another_base_configuration_is_refused(federation: Any) -> None:
+    federation.start_run()
+    other = canonical_bytes(json.loads(federation.home.storage.run(federation.run_id).base_config) | {"head_dim": 8})
+    federation.home.storage.update_run(federation.run_id, base_config=other)
+    run = federation.run()
+    chain = Chain(run.charter, run=run.id, files=run.files)
+    with pytest.raises(VerificationError, match="expected the layout"):
+        write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
+
+
+def test_losses_compare_the_same_organisations_throughout() -> None:
+    def score(total: float, tokens: int) -> Scores:
+        return Scores(loss_sum=total, tokens=tokens, units=1)
+
+    curve = losses(
+        {0: {"a": score(30, 10), "b": score(10, 10)}, 1: {"a": score(20, 10), "b": score(0, 0), "c": score(9, 9)}}
+    )
+    assert [(point.after, point.loss, point.tokens) for point in curve] == [(0, 2.0, 20), (1, 2.0, 10)]
+    assert losses({}) == []
+    assert losses({0: {"a": score(1, 1)}, 1: {"b": score(1, 1)}}) == []
+
+
+def test_the_card_needs_nothing_but_the_manifest(federation: Any) -> None:
+    _, _, signed, folder = finished(federation)
+    assert card(signed["manifest"]) == (folder / "README.md").read_text()
