@@ -61,8 +61,13 @@ class Unit(Protocol):
 class Adapter(Protocol):
     """A model with an adapter attached (`foedus_model.adapter.AttachedAdapter`)."""
 
-    model: Any
-    trained: list[nn.Parameter]
+    @property
+    def model(self) -> Any:
+        """The model; every parameter outside the adapter is frozen."""
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trained tensors, in layout order."""
 
 
 @dataclass(frozen=True, kw_only=True)

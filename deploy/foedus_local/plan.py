@@ -162,7 +162,7 @@ def _organisation(path: Path, unit: str, columns: dict[str, str], base: Path, te
                 columns=columns,
             )
     raise DataError(
-        f"expected several units in {path.name}, got {found.report.units}: none could be held out beside one to train on"
+        f"expected several units in {path.name}, got {found.report.units}: one is held out, one is trained on"
     )
 
 

@@ -1,8 +1,8 @@
 """The bodies of control messages: what a coordinator asks and what an organisation answers.
 
 Each body is a frozen model with nothing optional by accident: an unknown field, a missing one or a wrong type is
-refused. On the wire a body is canonical JSON inside a signed envelope (`envelope.py`), at most 64 KiB; vectors, charters
-and adapters travel beside it, named by digest.
+refused. On the wire a body is canonical JSON inside a signed envelope (`envelope.py`), at most 64 KiB; vectors,
+charters and adapters travel beside it, named by digest.
 
 The message types, and who answers what::
 
@@ -118,7 +118,7 @@ class AdvanceAnswer(Body):
 
 
 class EvaluateOrder(Body):
-    """Score the adapter that follows from the history, without training. Refused unless the charter's term allows it."""
+    """Score the adapter that follows from the history, without training. Refused unless the charter allows it."""
 
     charter_digest: Digest
     agreement_digest: Digest
