@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test e2e lint types contracts security check study study-quick vectors proto clean help
+.PHONY: setup demo test e2e lint types contracts security check bench study proto clean help
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -45,6 +45,9 @@ security: setup  ## bandit
 	$(BIN)/bandit --quiet --recursive --severity-level medium -c pyproject.toml protocols kernels model client coordinator deploy
 
 check: lint types contracts security  ## everything static
+
+bench: setup     ## the private step beside its peers, on this CPU
+	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(BENCH_FLAGS)
 
 study: setup     ## real text, three seeds, with and without privacy (DATA=folder with medical/ and legal/)
 	$(BIN)/python tests/bench/study.py --data $(or $(DATA),../shared/data) $(STUDY_FLAGS)

@@ -5,6 +5,7 @@ Pure functions over entries and events; `ledger.py` calls them inside the transa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -48,6 +49,7 @@ class Allotment:
     admission: Admission
     events: tuple[Event, ...]
     delta_slack: float
+    cap: float
     filter_order: float | None
     expires: int
     open: bool = True
@@ -108,12 +110,12 @@ def judge(
     Guarantees:
         The first charter was fixed before anything was released and is judged by PLD, which needs just that. Later ones
         are chosen in the light of earlier results and are judged by a Rényi filter over all events, at the one order
-        that the first charter fixed. Slack of the noise tables is taken off `delta` first.
+        that the first charter fixed. Slack of the noise tables, all of it at `cap`, is taken off `delta` first.
     """
     if not events:
         return Judgement(0.0, "none", None)
     charged = [one for one in earlier if one.charged()]
-    left = less_slack(delta, delta_slack + sum(one.delta_slack for one in charged))
+    left = less_slack(delta, delta_slack + _slack(charged, cap))
     if charged:
         order = charged[0].filter_order
         everything = [event for one in charged for event in one.charged()]
@@ -129,7 +131,7 @@ def epsilon_of_spent(allotments: Iterable[Allotment], delta: float) -> float:
     parts = [one for one in allotments if one.spent]
     if not parts:
         return 0.0
-    left = less_slack(delta, sum(one.delta_slack for one in parts))
+    left = less_slack(delta, _slack(parts, max(one.cap for one in parts)))
     if len(parts) == 1:
         return accounting.epsilon(parts[0].spent, left)
     return accounting.epsilon_rdp([event for one in parts for event in one.spent], left, order=parts[0].filter_order)
@@ -154,6 +156,11 @@ def require_covered(allotment: Allotment, event: Event | None) -> None:
         )
 
 
+def _slack(allotments: Iterable[Allotment], cap: float) -> float:
+    """What the noise tables of some charters cost at one cap; each was admitted at the cap of its day."""
+    return sum(one.delta_slack * (1.0 + math.exp(cap)) / (1.0 + math.exp(one.cap)) for one in allotments)
+
+
 def _steps(events: Iterable[Event], like: Event) -> int:
     kind = (like.noise_multiplier, like.sampling_prob)
     return sum(event.steps for event in events if (event.noise_multiplier, event.sampling_prob) == kind)
@@ -164,6 +171,7 @@ def _allotment(entry: Entry) -> Allotment:
         admission=admission(entry),
         events=tuple(_event(event) for event in entry.body["events"]),
         delta_slack=float(entry.body["delta_slack"]),
+        cap=float(entry.body["cap"]),
         filter_order=entry.body["filter_order"],
         expires=int(entry.body["expires"]),
     )

@@ -62,8 +62,18 @@ class Entry:
 
     @classmethod
     def decode(cls, content: bytes) -> Entry:
-        """Read the stored bytes of an entry."""
-        return cls(**json.loads(content), digest=digest(content))
+        """Read the stored bytes of an entry.
+
+        Raises:
+            VerificationError: They are no entry.
+        """
+        try:
+            return cls(**json.loads(content), digest=digest(content))
+        except (ValueError, TypeError) as error:
+            raise VerificationError(
+                f"expected an entry of the ledger, got {len(content)} other bytes: the file was changed; restore a copy "
+                "that is not older than the last receipt"
+            ) from error
 
 
 class Transaction:

@@ -48,15 +48,19 @@ class Ledger:
         A charter is admitted, and its signature made, inside one transaction that has seen every earlier admission:
         of charters that do not fit together only as many are signed as fit, whoever asks at once. The events reserved
         under a charter never exceed those allotted to it, and a round of a run is spent once. All of it holds across
-        kill -9.
+        kill -9. A ledger that was changed does not open.
+
+    Raises:
+        StateError: The file is no ledger, or of a newer format.
+        VerificationError: Its chain is broken (`verify_chain`).
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._chain = Chain(path, clock=clock)
+        self._chain.verify()
 
-    # --- Namespaces
-    # --------------------------------------------------------------------------------------------------
+    # --- Namespaces --------------------------------------------------------------------------------------------------
 
     def open_namespace(self, name: str, *, unit: str) -> None:
         """Start the chain of a unit namespace; nothing happens if it has one for the same unit.
@@ -79,8 +83,7 @@ class Ledger:
         with self._chain.transaction() as transaction:
             return transaction.namespaces()
 
-    # --- Charters
-    # ----------------------------------------------------------------------------------------------------
+    # --- Charters ----------------------------------------------------------------------------------------------------
 
     def admit(
         self,
@@ -112,12 +115,14 @@ class Ledger:
             The stored admission. Asking again for a charter that holds an allotment returns the first answer.
 
         Guarantees:
-            Everything ever reserved in the namespace is (cap, delta)-DP with respect to adding or removing one unit:
-            by PLD for a first charter alone, by an RDP filter over all events once there is another.
+            Everything ever reserved in the namespace under private charters is (cap, delta)-DP with respect to adding
+            or removing one unit: by PLD for a first charter alone, by an RDP filter over all events once there is
+            another. Nothing is claimed for charters without events.
 
         Raises:
             BudgetExhausted: The cap would be passed. Nothing was written, nothing signed.
             StateError: No such namespace, or this charter was left after rounds of it were spent.
+            VerificationError: The noise tables' slack at this cap leaves nothing of delta.
         """
         with self._chain.transaction() as transaction:
             known = fold(transaction.require(namespace))
@@ -157,6 +162,7 @@ class Ledger:
         Raises:
             BudgetExhausted: The cap would be passed.
             StateError: No such namespace.
+            VerificationError: The noise tables' slack at this cap leaves nothing of delta.
         """
         with self._chain.transaction() as transaction:
             known = fold(transaction.require(namespace))
@@ -209,8 +215,7 @@ class Ledger:
                 if allotment.open:
                     transaction.append(namespace, "release", {"why": "ended"}, charter=charter_digest)
 
-    # --- Rounds
-    # ------------------------------------------------------------------------------------------------------
+    # --- Rounds ------------------------------------------------------------------------------------------------------
 
     def require_allotted(self, namespace: str, charter_digest: str, event: Event | None) -> None:
         """Check 10 before a round: one more round of this charter is covered by its allotment.
@@ -288,8 +293,7 @@ class Ledger:
             body = {"reservation": entry.digest, "receipt": dict(receipt)}
             return transaction.append(entry.namespace, "commit", body, charter=entry.charter, run=key[0], round=key[1])
 
-    # --- Reading
-    # -----------------------------------------------------------------------------------------------------
+    # --- Reading -----------------------------------------------------------------------------------------------------
 
     def spent(self, namespace: str) -> tuple[Event, ...]:
         """Everything reserved so far, equal events merged."""

@@ -85,18 +85,14 @@ class RoundedGaussian:
         Guarantees:
             Each value's distribution is within `distance` (total variation) of the rounded Gaussian of `stddev`, given
             that the bytes are uniform and independent; so a mechanism that draws `length` values in each of `steps`
-            steps and is (epsilon, delta)-differentially private with ideal noise is (epsilon, delta + `delta_slack`)-
-            differentially private. No value is infinite; the largest magnitude is the number of entries.
+            steps and is (epsilon, delta)-differentially private with ideal noise is (epsilon, delta + (1 + e^epsilon) x
+            length x steps x distance)-differentially private. No value is infinite; the largest magnitude is the number of entries.
         """
         values = np.empty(count, np.int64)
         for start in range(0, count, _DRAW_CHUNK):
             stop = min(start + _DRAW_CHUNK, count)
             values[start:stop] = self._draw_chunk(stop - start, random_bytes)
         return values
-
-    def delta_slack(self, *, length: int, steps: int, epsilon: float) -> float:
-        """What the table's distance from the ideal adds to delta: (1 + e^epsilon) x length x steps x distance."""
-        return (1.0 + math.exp(epsilon)) * length * steps * self.distance
 
     def _draw_chunk(self, count: int, random_bytes: RandomBytes) -> NDArray[np.int64]:
         words = np.frombuffer(random_bytes(8 * count), _WORD)

@@ -227,12 +227,14 @@ def load(path: Path) -> Policy:
     """Read a policy.
 
     Raises:
-        ConfigError: No such file, not TOML, or a field is unknown, missing or of the wrong type. The text names fields.
+        ConfigError: No such file, not UTF-8, not TOML, or a field is unknown, missing or of the wrong type. The text names fields.
     """
     try:
         return _parse(path, path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"expected a policy in {path}, got: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"expected UTF-8 in {path}, got: {error.reason} at byte {error.start}") from error
 
 
 def write_template(path: Path) -> None:

@@ -12,6 +12,7 @@ several short units in one forward, and local steps are left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from torch import nn
 from foedus_client.noise import RandomBytes, RoundedGaussian, rounded_gaussian
 from foedus_client.privacy import (
     BoundedSum,
-    SeededBytes,
     StepTerms,
     UnitSum,
     choose_records,
@@ -106,7 +106,7 @@ def private_vector(
 
     Raises:
         PrivacyCheckFailed: A parameter requires a gradient and is not in the vector, the noise is not the one that the
-            terms ask for, or a private step is given seeded bytes. Nothing here depends on a record.
+            terms ask for, or a private step is given any bytes but the operating system's. Nothing here depends on a record.
 
     Guarantees:
         With noise, the vector is one Poisson-subsampled Gaussian event of `sampling_prob` and `noise_multiplier` with
@@ -268,8 +268,8 @@ def _require_noise(terms: StepTerms, noise: RoundedGaussian | None, rng: RandomB
         if noise is not None:
             raise ConfigError("expected no noise in mode none, got a noise table: correct the step's terms")
         return
-    if isinstance(rng, SeededBytes):
-        raise PrivacyCheckFailed("expected the operating system's random source in a private step, got a seeded one")
+    if rng is not os.urandom:
+        raise PrivacyCheckFailed("expected the operating system's random source in a private step, got another one")
     stddev = _grid_stddev(terms, length)
     if noise is None or noise.stddev != stddev:
         came = "none" if noise is None else f"{noise.stddev:g}"

@@ -9,9 +9,9 @@ gpt-oss's expert (transformers `GptOssExperts`)::
 
 The weights are frozen: the backward yields gradients for the activations and the expert weights of the router, none
 for the matrices, and decodes the matrices again instead of keeping them. All experts that a call hits are decoded at
-once where they fit `DECODE_BYTES`. On a CPU this costs what the same layer over dense weights does from 256 tokens
-(`docs/benchmarks.md`). Counting the rows of each expert brings one list to the host, which stalls a GPU; the fused
-Triton kernel is the heavier alternative.
+once where they fit `DECODE_BYTES`. On a CPU this costs about what the same layer over dense weights does from 256
+tokens (`docs/benchmarks.md`). Counting the rows of each expert brings one list to the host, which stalls a GPU; the
+fused Triton kernel is the heavier alternative.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ NOISE_TABLE_DELTA_SLACK = 2.0**-100
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(min_length=1, max_length=2000)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+Noise = Annotated[FiniteFloat, Field(ge=0, le=1e4)]  # No accountant overflows on it; `calibrate` stops there too.
+Clip = Annotated[FiniteFloat, Field(ge=1e-6, le=1e6)]  # Every square and quotient of it on the way is a finite float.
 Moment = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 UnixSeconds = Annotated[int, Field(ge=0, le=2**40)]
@@ -54,7 +55,7 @@ class Participant(Terms):
     units_at_most: Count
     sampling_prob: Annotated[FiniteFloat, Field(gt=0, le=1)]
     expected_units: Positive
-    noise_multiplier: NotNegative
+    noise_multiplier: Noise
     weight: Positive
 
 
@@ -97,7 +98,7 @@ class Privacy(Terms):
 
     mode: Literal["local", "none"]
     adjacency: Literal["add-remove-one"]
-    l2_clip_norm: Positive
+    l2_clip_norm: Clip
     epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)] | None = None
     delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
     rounds: Annotated[int, Field(ge=1, le=100_000)]
@@ -170,7 +171,8 @@ class Charter(Terms):
         promised = self.privacy.epsilon is not None and self.privacy.delta is not None
         silent = self.privacy.epsilon is None and self.privacy.delta is None
         noises = [participant.noise_multiplier for participant in self.participants]
-        if self.privacy.mode == "local" and not (promised and self.seed is None and min(noises) > 0):
+        noised = min(noises) >= accounting.SMALLEST_NOISE
+        if self.privacy.mode == "local" and not (promised and noised and self.seed is None):
             raise ValueError("mode local needs epsilon, delta and noise for every participant, and takes no seed")
         if self.privacy.mode == "none" and not (silent and max(noises) == 0):
             raise ValueError("mode none has neither epsilon, delta nor noise")
@@ -189,7 +191,9 @@ class Charter(Terms):
         try:
             charter = cls.model_validate_json(data)
         except ValidationError as error:
-            found = "; ".join(".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors())
+            found = "; ".join(
+                (".".join(map(str, item["loc"])) or "the whole") + ": " + item["msg"] for item in error.errors()
+            )
             raise VerificationError(f"expected a charter of version 1, got: {found}") from None
         if charter.canonical() != data:
             raise VerificationError("expected a charter with every field written out, got one that leans on defaults")
@@ -250,8 +254,7 @@ def _constants(participants: tuple[Participant, ...]) -> list[tuple[float, float
     return [(one.weight, one.expected_units, one.noise_multiplier) for one in participants]
 
 
-# --- Accounting
-# ------------------------------------------------------------------------------------------------------
+# --- Accounting ------------------------------------------------------------------------------------------------------
 
 
 def round_event(charter: Charter, participant: Participant) -> accounting.Event | None:
@@ -297,7 +300,8 @@ def less_slack(delta: float, slack: float) -> float:
     left = math.nextafter(delta - slack, 0.0)
     if not left > 0.0:
         raise VerificationError(
-            f"expected delta above the noise table's slack {slack:.3g}, got {delta:.3g}: raise delta"
+            f"expected delta above the noise table's slack {slack:.3g}, got {delta:.3g}: raise delta, or lower epsilon "
+            "(in a policy, epsilon_cap), with whose exponential the slack grows"
         )
     return left
 
@@ -315,8 +319,7 @@ def delta_for_accountant(charter: Charter, participant: Participant) -> float:
     return less_slack(charter.privacy.delta, slack)
 
 
-# --- Signatures
-# ------------------------------------------------------------------------------------------------------
+# --- Signatures ------------------------------------------------------------------------------------------------------
 
 
 def sign_charter(key: Ed25519PrivateKey, charter_digest: str) -> str:

@@ -3,12 +3,18 @@
 Before it signs: 1 to 7, 8, 9 to 11. Before each round: 1 to 12. The first failure refuses, and its number is all that
 leaves.
 
-     1  the bytes are canonical and match the digest       7  the base is one that we hold
-     2  the operator signed it                             8  adapter description and initial adapter are as we
-     compute them 3  it is in force                                     9  purpose, recipe and evaluation keep our
-     policy's bounds 4  federation; roster an ancestor, nobody removed    10  the privacy budget, by our own
-     accountant 5  it names us, by our key                           11  members, survivors, ring and range 6  enough
-     other members, each confirmed by us        12  everyone signed
+     1  the bytes are canonical and match the digest
+     2  the operator signed it
+     3  it is in force
+     4  it is of our federation; its roster is an ancestor of ours, and nobody whom it names was removed since
+     5  it names us, by our key
+     6  it names enough other members, each confirmed by us
+     7  the base is one that we hold
+     8  adapter description and initial adapter are as we compute them
+     9  purpose, recipe and evaluation keep our policy's bounds
+    10  the privacy budget, by our own accountant
+    11  members, survivors, ring, range and an optimiser that can run
+    12  everyone signed
 
 The adapter of a later round is not in the charter: the round compares it with the one that it replayed from the sums.
 No ground for refusing is computed from the data.
@@ -332,7 +338,7 @@ def _promise_holds(charter: Charter, mine: Participant, namespace: UnitNamespace
 
 
 def _members_and_ring(charter: Charter, limits: Limits) -> None:
-    """Check 11, for charters without masks: n, u_min, and a ring in which the sum cannot wrap."""
+    """Check 11, for charters without masks: n, u_min, a ring that cannot wrap, an optimiser that can run."""
     members = len(charter.participants)
     if members < 2:
         raise ConfigError(f"expected at least 2 participants, got {members}")

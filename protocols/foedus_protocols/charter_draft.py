@@ -25,11 +25,12 @@ from foedus_protocols import accounting, layout
 from foedus_protocols.charter import (
     Adapter,
     Charter,
+    Clip,
+    Count,
     Evaluation,
     Masks,
     Optimiser,
     Participant,
-    Positive,
     Privacy,
     Recipe,
     Release,
@@ -76,7 +77,7 @@ class DraftPrivacy(Terms):
     epsilon: Annotated[FiniteFloat, Field(gt=0, le=100)] | None = None
     delta: Annotated[FiniteFloat, Field(gt=0, lt=1)] | None = None
     rounds: int = 10
-    l2_clip_norm: Positive = 0.15
+    l2_clip_norm: Clip = 0.15
     target_units: int = accounting.TARGET_UNITS
 
 
@@ -84,8 +85,8 @@ class DraftMasks(Terms):
     """Survivors and ring; None takes the default for the number of participants and the mode."""
 
     enabled: Literal[False] = False
-    min_survivors: int | None = None
-    ring_bits: int | None = None
+    min_survivors: Count | None = None
+    ring_bits: Count | None = None
 
 
 class CharterDraft(Terms):
@@ -143,8 +144,7 @@ def draft(
 
     Raises:
         ConfigError: A field is unknown, missing or out of bounds, an organisation is not in the roster, or no noise
-            meets the
-            budget. The text names the field.
+            meets the budget. The text names the field.
     """
     try:
         terms = CharterDraft.model_validate(dict(toml))
@@ -173,7 +173,9 @@ def draft(
         charter.coding()  # Refuses a ring in which the sum could wrap.
         charter.rule()  # Refuses an optimiser setting that the rule cannot run.
     except ValidationError as error:
-        found = "; ".join(".".join(map(str, item["loc"])) + ": " + item["msg"] for item in error.errors())
+        found = "; ".join(
+            (".".join(map(str, item["loc"])) or "the whole") + ": " + item["msg"] for item in error.errors()
+        )
         raise ConfigError(f"expected a charter draft, got: {found}") from None
     except VerificationError as error:
         raise ConfigError(str(error)) from error
@@ -261,7 +263,7 @@ def _masks(terms: CharterDraft, participants: tuple[Participant, ...], base_conf
 
 
 def charter_template() -> str:
-    """A commented TOML file to start from. Lines that begin with one `#` are defaults."""
+    """A commented TOML file to start from. A `#` with no space behind it switches off a default, or an example."""
     optimiser, recipe, privacy, adapter = Optimiser(), Recipe(), DraftPrivacy(), DraftAdapter()
     schedule, evaluation, release = Schedule(), Evaluation(), Release()
     return f"""\
@@ -270,7 +272,7 @@ def charter_template() -> str:
 name = "first-run"              # small letters, digits and hyphens
 purpose = "care-research"       # each organisation maps a purpose to its data
 domain = "medical"              # in words, for the card
-#valid_days = 30
+#valid_days = 30                # from the moment of drafting
 #seed = 1                       # mode "none" only: makes the run repeatable
 
 # One block for each organisation. `foedus client data add` prints it at the organisation.
@@ -285,30 +287,30 @@ unit = "patient"
 units_at_most = 512
 
 [adapter]
-#targets = "{adapter.targets}"
-#rank = {adapter.rank}
-#alpha = {adapter.alpha}
-#seed = "{adapter.seed}"               # public: the frozen half of the adapter follows from it
+#targets = "{adapter.targets}"          # the projections of attention; the only choice of this version
+#rank = {adapter.rank}                      # inner dimension of the low-rank matrices
+#alpha = {adapter.alpha}                   # the adapter is scaled by alpha / rank
+#seed = "{adapter.seed}"                # public: the frozen half of the adapter follows from it
 
 [recipe]
 #max_tokens = {recipe.max_tokens}               # of one record
-#max_records_per_unit = {recipe.max_records_per_unit}
+#max_records_per_unit = {recipe.max_records_per_unit}       # of one unit, at most, in one round
 
 [recipe.optimiser]              # runs on the sum, at every party
 #name = "{optimiser.name}"                  # adam | sgd | adambc
-#rate = {optimiser.rate}
-#beta1 = {optimiser.beta1}
-#beta2 = {optimiser.beta2}
-#epsilon = {optimiser.epsilon}
+#rate = {optimiser.rate}                    # length of a step
+#beta1 = {optimiser.beta1}                    # adam and adambc: decay of the first moment
+#beta2 = {optimiser.beta2}                   # adam and adambc: decay of the second moment
+#epsilon = {optimiser.epsilon}                # adam only: added to the root of the second moment
 #momentum = {optimiser.momentum}                 # sgd only
 
 [privacy]
 #mode = "{privacy.mode}"                 # local: each organisation's own noise protects its units | none: NOT PRIVATE
 #epsilon = {_DEFAULT_EPSILON}                  # what one unit may lose in this run, at most
 #delta = {_DEFAULT_DELTA}                  # at most 1/(10 x units_at_most) of every organisation
-#rounds = {privacy.rounds}
-# l2_clip_norm = {privacy.l2_clip_norm}            # bound on one unit's gradient: a quarter of the median norm on
-# public text target_units = {privacy.target_units}              # expected units of one organisation in one round
+#rounds = {privacy.rounds}                    # one noised sum of each organisation a round
+#l2_clip_norm = {privacy.l2_clip_norm}            # bound on one unit's gradient: a quarter of its median on public text
+#target_units = {privacy.target_units}              # expected units of one organisation in one round
 
 [masks]
 #enabled = false                # this version has no secure aggregation: the coordinator sees each noised vector
@@ -316,16 +318,15 @@ units_at_most = 512
 #ring_bits = 16                 # default: 16 in mode local, 24 in mode none
 
 [schedule]
-#round_seconds = {schedule.round_seconds}
-# vector_slot_seconds = {schedule.vector_slot_seconds}        # 0: a vector leaves when it is ready, which tells the
-# size of the sample on_short_round = "{schedule.on_short_round}"        # wait | skip | end, when fewer than
-# min_survivors vectors came
+#round_seconds = {schedule.round_seconds}         # every deadline of a round
+#vector_slot_seconds = {schedule.vector_slot_seconds}        # 0: a vector leaves when ready, which tells the size of the sample
+#on_short_round = "{schedule.on_short_round}"        # wait | skip | end, when fewer than min_survivors vectors came
 
 [evaluation]
-#term = "{evaluation.term}"                 # none | plain: held-out scores leave; epsilon does not cover those units
+#term = "{evaluation.term}"                  # none | plain: held-out scores leave; epsilon does not cover those units
 #every = {evaluation.every}                      # rounds
 #max_records = {evaluation.max_records}              # held-out records of one organisation
 
 [release]
-#recipients = "{release.recipients}"
+#recipients = "{release.recipients}"  # who may have the variant, in words
 """

@@ -38,9 +38,13 @@ _WIRE = np.dtype("<f4")
 
 # Switches of PEFT's LoRA that change what the matrices mean; an adapter that sets one is refused, not misread.
 _PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
     "alpha_pattern": (None, {}),
+    "arrow_config": (None,),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # Others change the base, too.
+    "kasa_config": (None,),
     "layer_replication": (None,),
     "layers_to_transform": (None,),
     "lora_bias": (False, None),

@@ -61,9 +61,9 @@ class Rule:
         for field in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"expected {field} of at least 0 and below 1, got {getattr(self, field)}")
-        if self.name == "adam" and not self.epsilon > 0:
-            raise ConfigError(f"expected a positive epsilon for adam, got {self.epsilon}")
-        if self.name == "adambc" and not (math.isfinite(self.noise_variance) and self.noise_variance > 0):
+        if self.name == "adam" and not 0 < _single(self.epsilon) < math.inf:
+            raise ConfigError(f"expected an epsilon for adam that is positive in fp32, got {self.epsilon}: use 1e-8")
+        if self.name == "adambc" and not 0 < _single(self.noise_variance) < math.inf:
             raise ConfigError(f"expected a positive noise variance for adambc, got {self.noise_variance}: use adam")
 
 
@@ -206,6 +206,12 @@ def _corrections(rule: Rule, step: int) -> tuple[float, float]:
         power1 *= rule.beta1
         power2 *= rule.beta2
     return rule.rate / (1 - power1), math.sqrt(1 - power2)
+
+
+def _single(value: float) -> float:
+    """The value as the step sees it: an epsilon that is 0 in fp32 would divide 0 by 0."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
 
 
 _STEPS = {"adam": _adam, "sgd": _sgd, "adambc": _adambc}
