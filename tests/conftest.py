@@ -1,8 +1,15 @@
-"""What more than one package's tests need: three organisations, a tiny base's configuration, and a charter for them."""
+"""What more than one package's tests need: three organisations, a tiny base's configuration, and a charter for them.
+
+Two rules of the whole suite are kept here: a test of no other kind is `unit`, and a test may skip only for a reason
+that stands in ``skips.txt``; any other reason fails the run, and the reasons that were used are printed.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +19,52 @@ from foedus_protocols.charter import Charter, sign_charter
 from foedus_protocols.charter_draft import draft
 from foedus_protocols.messages import Agreement
 from foedus_protocols.roster import Roster
+
+SKIPS = Path(__file__).parent / "skips.txt"
+OTHER_KINDS = ("gpu", "e2e", "slow")
+
+
+@pytest.hookimpl(tryfirst=True)  # Before `-m` selects.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is of no other kind as `unit`."""
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in (*OTHER_KINDS, "unit")):
+            item.add_marker(pytest.mark.unit)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in which a test skipped for a reason that is not listed."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):  # xdist's workers report to their parent.
+        if unlisted := set(_skip_reasons(reporter.stats.get("skipped", []))) - _listed():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.stash[_UNLISTED] = unlisted
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which listed reasons were used, and which are not listed."""
+    reasons = _skip_reasons(terminalreporter.stats.get("skipped", []))
+    unlisted = config.stash.get(_UNLISTED, set())
+    terminalreporter.section("reasons for skipping")
+    for reason, count in reasons.items():
+        verdict = "NOT LISTED in tests/skips.txt" if reason in unlisted else "listed"
+        terminalreporter.line(f"{verdict}, {count} tests: {reason}")
+    if not reasons:
+        terminalreporter.line("none: no test skipped")
+
+
+_UNLISTED = pytest.StashKey[set[str]]()
+
+
+def _listed() -> set[str]:
+    return set(SKIPS.read_text(encoding="utf-8").splitlines()) - {""}
+
+
+def _skip_reasons(reports: Iterable[Any]) -> Counter[str]:
+    """How many tests (or modules) skipped for each reason."""
+    return Counter(str(report.longrepr[-1]).removeprefix("Skipped: ") for report in reports)
+
 
 LEAGUE_NOW = 1_800_000_000
 

@@ -71,8 +71,8 @@ class Entry:
             return cls(**json.loads(content), digest=digest(content))
         except (ValueError, TypeError) as error:
             raise VerificationError(
-                f"expected an entry of the ledger, got {len(content)} other bytes: the file was changed; restore a copy "
-                "that is not older than the last receipt"
+                f"expected an entry of the ledger, got {len(content)} other bytes: the file was changed; "
+                "restore a copy that is not older than the last receipt"
             ) from error
 
 

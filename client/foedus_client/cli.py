@@ -223,9 +223,11 @@ def _token(file: Path | None, stdin: bool) -> str:
         raise UsageError("expected one of --token-file and --token-stdin, got both")
     if file is not None:
         try:
-            token = file.read_text().strip()
+            token = file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UsageError(f"expected a token in {file}, got: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise UsageError(f"expected a token in {file}, got bytes that are no text") from None
     elif stdin:
         token = sys.stdin.readline().strip()
     elif sys.stdin.isatty():

@@ -36,7 +36,7 @@ def charter_list(home: HomeOption = None, output: FormatOption = Format.text) ->
         table = Table("charter", "name", "purpose", "state", "why", box=None)
         for one in found:
             table.add_row(one["digest"][:12], one["name"], one["purpose"], one["state"], one["reason"])
-        console.print(table if found else "no charter was offered yet")
+        console.print(table if found else "no charter was offered yet", markup=False, highlight=False)
 
     emit({"charters": found}, output, render)
 

@@ -23,7 +23,7 @@ from foedus_protocols.channel import TlsFiles
 from foedus_protocols.errors import ConfigError, StateError
 from foedus_protocols.files import write_durably
 from foedus_protocols.messages import OrgId
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 HOME_VARIABLE = "FOEDUS_CLIENT_HOME"
 DEFAULT_HOME = "foedus-client"
@@ -156,7 +156,7 @@ class Home:
                 f"expected an organisation's home in {self.root}, found no client.toml; "
                 "run `foedus client join` first, or name the home with --home"
             ) from error
-        except (tomllib.TOMLDecodeError, ValidationError, OSError) as error:
+        except (ValueError, OSError) as error:  # Not UTF-8, not TOML, or another shape.
             raise ConfigError(f"expected a readable client.toml in {self.root}, got: {type(error).__name__}") from error
 
     def save(self, config: ClientConfig) -> None:

@@ -12,13 +12,14 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from foedus_protocols.charter import Charter, Participant
+from foedus_protocols.charter import MAX_CHARTER_BYTES, Charter, Participant
 from foedus_protocols.charter_checks import OrgView, Stage, check_charter
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import (
@@ -69,6 +70,8 @@ _LOG = logging.getLogger("foedus.client")
 POLL_SECONDS = 15.0
 HELLO_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
+STOP_SECONDS = 0.5
+MAX_SKEW_SECONDS = 86_400.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 _random = secrets.SystemRandom()
 
@@ -94,8 +97,8 @@ class Link(Protocol):
     def push(self, path: Path, digest: str, context: dict[str, Any]) -> dict[str, Any]:
         """Send a file."""
 
-    def pull(self, digest: str, store: FileStore) -> Path:
-        """Fetch a file."""
+    def pull(self, digest: str, store: FileStore, *, max_bytes: int) -> Path:
+        """Fetch a file of at most so many bytes."""
 
     def close(self) -> None:
         """Hang up."""
@@ -103,9 +106,19 @@ class Link(Protocol):
 
 @dataclass(kw_only=True)
 class Clock:
-    """The coordinator's clock as measured in hello. A skew is tolerated, and never a reason to end."""
+    """The coordinator's clock as measured in hello. A skew is tolerated, and never a reason to end.
+
+    It is followed for a day and no further: a coordinator that lies about the time must not keep a charter alive.
+    """
 
     offset: float = 0.0
+
+    def follow(self, theirs: float, ours: float) -> None:
+        """Take over a measured skew."""
+        skew = theirs - ours
+        if abs(skew) > MAX_SKEW_SECONDS:
+            _LOG.error("the coordinator's clock and ours differ by %.1f days, which is not followed", skew / 86_400.0)
+        self.offset = min(max(skew, -MAX_SKEW_SECONDS), MAX_SKEW_SECONDS)
 
     def __call__(self) -> float:
         """Unix seconds."""
@@ -161,22 +174,43 @@ class Daemon:
         pause = _FIRST_PAUSE
         while not self._stop.is_set():
             try:
-                link = dial()
-                try:
+                with self._open(dial()) as link:
                     self.greet(link)
                     pause = _FIRST_PAUSE
                     self._answer_all(link)
-                finally:
-                    link.close()
             except Stopped:
                 return
             except ConnectError as error:
-                _LOG.warning("%s", error)
-            except VerificationError as error:
+                if not self._stop.is_set():
+                    _LOG.warning("%s", error)
+            except (VerificationError, StateError) as error:  # What the other side says is no reason to end here.
                 _LOG.error("%s", error)
                 pause = _LONGEST_PAUSE
             self._stop.wait(pause * _random.uniform(0.5, 1.5))
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+    @contextmanager
+    def _open(self, link: Link) -> Iterator[Link]:
+        """A link that is hung up at the end, and at once when somebody asks the daemon to stop in the middle of a call.
+
+        Whatever a call was about is durable and comes again, so cutting it costs nothing.
+        """
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(STOP_SECONDS):
+                if self._stop.is_set():
+                    link.close()
+                    return
+
+        watcher = threading.Thread(target=watch, name="foedus-stop", daemon=True)
+        watcher.start()
+        try:
+            yield link
+        finally:
+            done.set()
+            watcher.join()
+            link.close()
 
     def greet(self, link: Link) -> None:
         """Introduce ourselves: compare what we joined with, measure the clock, fetch the roster.
@@ -187,9 +221,9 @@ class Daemon:
         asked = time.time()
         answer = link.hello({"protocol": 1, "org": self._us.org})
         head, signature, clock = read_hello(answer, self._us)
-        self._clock.offset = clock - (asked + time.time()) / 2
+        self._clock.follow(clock, (asked + time.time()) / 2)
         self._rosters = update_rosters(
-            head, signature, us=self._us, state=self._state, pull=lambda digest: link.pull(digest, self._store)
+            head, signature, us=self._us, state=self._state, pull=self._puller(link)
         )
         self._inbox.clear()
         _LOG.info("connected to %s, %d members", self._us.federation, len(self._rosters[-1].members))
@@ -316,13 +350,16 @@ class Daemon:
             state=self._state,
             ledger=self._ledger,
             store=self._store,
-            pull=lambda digest: link.pull(digest, self._store),
+            pull=self._puller(link),
             gate=gate,
             worker=self._worker,
             work=self._home.work,
             tick=lambda: self._tick(link),
             clock=self._clock,
         )
+
+    def _puller(self, link: Link) -> Callable[[str, int], Path]:
+        return lambda digest, limit: link.pull(digest, self._store, max_bytes=limit)
 
     def _tick(self, link: Link) -> None:
         """While the worker works: look whether to stop, and let the coordinator know that we are there."""
@@ -333,7 +370,7 @@ class Daemon:
         self._beat = time.monotonic()
         try:
             other = link.poll(0.0)
-        except (ConnectError, VerificationError):
+        except (ConnectError, VerificationError, StateError):
             return  # The vector is worth finishing; the line is looked at when it is needed.
         if other is not None and other not in self._inbox:
             self._inbox.append(other)
@@ -372,7 +409,7 @@ class Daemon:
         if record.state not in ("signed", "agreed"):
             raise PolicyRefused(3, f"expected a charter that we signed and that goes on, this one is {record.state}")
         if charter_digest not in self._seats:
-            data = ports.pull(charter_digest).read_bytes()
+            data = ports.pull(charter_digest, MAX_CHARTER_BYTES).read_bytes()
             self._seats[charter_digest] = self._make_seat(data, record)
         return self._seats[charter_digest]
 

@@ -45,7 +45,7 @@ def read_hello(answer: dict[str, Any], us: Membership) -> tuple[str, str, float]
 
 
 def update_rosters(
-    head: str, signature: str, *, us: Membership, state: ClientState, pull: Callable[[str], Path]
+    head: str, signature: str, *, us: Membership, state: ClientState, pull: Callable[[str, int], Path]
 ) -> list[Roster]:
     """Fetch the roster chain up to its signed head, and remember it.
 
@@ -60,11 +60,12 @@ def update_rosters(
     chain: list[Roster] = []
     wanted: str | None = head
     while wanted is not None and len(chain) < MAX_ROSTERS:
-        roster = _read(pull(wanted))
+        roster = _read(wanted, pull)
+        if not chain:  # Before anything else is fetched.
+            verify(us.operator_key, ROSTER_CONTEXT, roster.canonical(), signature)
         chain.append(roster)
         wanted = roster.previous
     chain.reverse()
-    verify(us.operator_key, ROSTER_CONTEXT, chain[-1].canonical(), signature)
     if chain[-1].digest != head or chain[-1].federation != us.federation:
         raise VerificationError(f"expected the roster of {us.federation!r} that hello names, got another")
     check_chain(chain)
@@ -77,10 +78,10 @@ def update_rosters(
     return chain
 
 
-def remembered(state: ClientState, pull: Callable[[str], Path]) -> list[Roster]:
+def remembered(state: ClientState, pull: Callable[[str, int], Path]) -> list[Roster]:
     """The chain as it was last seen; empty before the first hello."""
     text = state.fact(_ROSTERS)
-    return [] if text is None else [_read(pull(digest)) for digest in parse_canonical(text.encode())]
+    return [] if text is None else [_read(digest, pull) for digest in parse_canonical(text.encode())]
 
 
 def org_view(
@@ -124,7 +125,5 @@ def held_bases(policy: Policy) -> dict[str, dict[str, Any]]:
     return held
 
 
-def _read(path: Path) -> Roster:
-    if path.stat().st_size > MAX_ROSTER_BYTES:
-        raise VerificationError(f"expected a roster of at most {MAX_ROSTER_BYTES} bytes, got a longer file")
-    return Roster.parse(path.read_bytes())
+def _read(digest: str, pull: Callable[[str, int], Path]) -> Roster:
+    return Roster.parse(pull(digest, MAX_ROSTER_BYTES).read_bytes())

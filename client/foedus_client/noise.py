@@ -86,7 +86,8 @@ class RoundedGaussian:
             Each value's distribution is within `distance` (total variation) of the rounded Gaussian of `stddev`, given
             that the bytes are uniform and independent; so a mechanism that draws `length` values in each of `steps`
             steps and is (epsilon, delta)-differentially private with ideal noise is (epsilon, delta + (1 + e^epsilon) x
-            length x steps x distance)-differentially private. No value is infinite; the largest magnitude is the number of entries.
+            length x steps x distance)-differentially private (`charter.noise_slack`). No value is infinite; the
+            largest magnitude is the number of entries.
         """
         values = np.empty(count, np.int64)
         for start in range(0, count, _DRAW_CHUNK):

@@ -39,7 +39,7 @@ class OfferDesk:
 
     state: ClientState
     ledger: Ledger
-    pull: Callable[[str], Path]
+    pull: Callable[[str, int], Path]
     view: Callable[[], OrgView]
     auto_sign: Callable[[], bool]
     signing_key: Ed25519PrivateKey
@@ -97,12 +97,11 @@ def consider(offer: CharterOffer, run: str, desk: OfferDesk) -> tuple[CharterAns
 
 
 def _fetch(digest: str, desk: OfferDesk) -> bytes:
-    """The charter's bytes; empty where the coordinator has none of that digest, which check 1 then refuses."""
+    """The charter's bytes; empty where the coordinator has none of that digest and size, which check 1 then refuses."""
     try:
-        path = desk.pull(digest)
+        return desk.pull(digest, MAX_CHARTER_BYTES).read_bytes()
     except VerificationError:
         return b""
-    return path.read_bytes() if path.stat().st_size <= MAX_CHARTER_BYTES else b""
 
 
 def _title(data: bytes) -> tuple[str, str]:

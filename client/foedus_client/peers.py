@@ -43,7 +43,13 @@ def fetch_members(home: Home) -> tuple[Member, ...]:
     try:
         with LinkClient(us.link, home.tls, proxy=us.proxy) as link:
             head, signature, _ = read_hello(link.hello({"protocol": 1, "org": us.org}), us)
-            chain = update_rosters(head, signature, us=us, state=state, pull=lambda digest: link.pull(digest, store))
+            chain = update_rosters(
+                head,
+                signature,
+                us=us,
+                state=state,
+                pull=lambda digest, limit: link.pull(digest, store, max_bytes=limit),
+            )
     finally:
         state.close()
     return chain[-1].members

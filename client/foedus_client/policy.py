@@ -227,7 +227,8 @@ def load(path: Path) -> Policy:
     """Read a policy.
 
     Raises:
-        ConfigError: No such file, not UTF-8, not TOML, or a field is unknown, missing or of the wrong type. The text names fields.
+        ConfigError: No such file, not UTF-8, not TOML, or a field is unknown, missing or of the wrong type. The text
+            names fields.
     """
     try:
         return _parse(path, path.read_text(encoding="utf-8"))

@@ -59,11 +59,11 @@ def catch_up(history_digest: str, seat: Seat, ports: Ports) -> Position:
 
     Raises:
         VerificationError: The history rewrites what was seen, names strangers, too few survivors or our own vector
-            where
-            we made none; or a sum has not the size of this charter's words.
+            where we made none, or says something else of it than our receipt; or a sum has not the size of this
+            charter's words.
         AdapterDiffers: The rule gives another adapter than the history says.
     """
-    history = read_history(ports.pull(history_digest), seat)
+    history = read_history(ports.pull(history_digest, MAX_HISTORY_BYTES), seat)
     _check_history(history, seat, ports)
     position = _resume(history, seat, ports)
     try:
@@ -119,7 +119,7 @@ def adapter_bytes(adapter: Vector) -> bytes:
 
 def step(position: Position, entry: ClosedRound, seat: Seat, ports: Ports) -> Position:
     """One closed round further."""
-    path = ports.pull(entry.sum_digest)
+    path = ports.pull(entry.sum_digest, seat.coding.packed_bytes)
     words = codec.read_packed(path, seat.coding)
     key = codec.coding_key(seat.digest, seat.run, entry.round, PHASE)
     total = codec.decode_sum(words, coding=seat.coding, key=key)  # (d,)
@@ -160,11 +160,22 @@ def _check_history(history: History, seat: Seat, ports: Ports) -> None:
                 f"expected at least {seat.charter.masks.min_survivors} survivors in round {entry.round}, "
                 f"got {len(survivors)}"
             )
-        if seat.org in survivors and ports.state.round(seat.digest, entry.round) is None:
-            raise VerificationError(
-                f"expected a vector of {seat.org} in round {entry.round} only if this daemon made one; it made none. "
-                "Either somebody sent one in its name, or client.db was restored from a backup"
-            )
+        _check_our_part(entry, seat, ports)
+
+
+def _check_our_part(entry: ClosedRound, seat: Seat, ports: Ports) -> None:
+    """A closed round says of our own vector what we know of it."""
+    made, included = ports.state.round(seat.digest, entry.round), seat.org in entry.survivors
+    if included and made is None:
+        raise VerificationError(
+            f"expected a vector of {seat.org} in round {entry.round} only if this daemon made one; it made none. "
+            "Either somebody sent one in its name, or client.db was restored from a backup"
+        )
+    if made is not None and made.receipt is not None and included != (made.receipt["verdict"] == "included"):
+        raise VerificationError(
+            f"expected round {entry.round} to be as the signed receipt for our vector says "
+            f"({made.receipt['verdict']}), its survivors say otherwise: keep the receipt, the coordinator broke its word"
+        )
 
 
 # The kept position.
@@ -203,4 +214,7 @@ def _resume(history: History, seat: Seat, ports: Ports) -> Position:
     if found != history.rounds[after - 1].adapter_digest:
         return start(seat)
     state = rules.State(step=int(facts["step"]), first=arrays["first"], second=arrays["second"])
+    expected = rules.initial_state(seat.rule, seat.charter.adapter.length)
+    if (state.first.shape, state.second.shape) != (expected.first.shape, expected.second.shape):
+        return start(seat)
     return Position(after=after, adapter=arrays["adapter"], state=state, digest=found)

@@ -27,6 +27,7 @@ from foedus_protocols.charter import charter_events, delta_for_accountant, round
 from foedus_protocols.errors import BudgetExhausted, PolicyRefused, RoundFailed, StateError
 from foedus_protocols.files import write_durably
 from foedus_protocols.messages import (
+    MAX_BODY_BYTES,
     AdvanceAnswer,
     AdvanceOrder,
     Agreement,
@@ -75,11 +76,13 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
     position = catch_up(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
     _require_round(order.round, seat, ports)
+    if ports.state.last_scored(seat.digest) is not None:
+        raise PolicyRefused(9, "the round of scores that closes the run was answered, no training follows it")
     made = ports.state.round(seat.digest, order.round)
     if made is None and ports.clock() > order.deadline:
         _LOG.warning("round %d: its deadline has passed, nothing is trained", order.round)
         return TrainAnswer(), permit_of(seat, order.round)
-    scores = score(position, seat, ports) if order.evaluate else None
+    scores = score(position, seat, ports, last=False) if order.evaluate else None
     if made is None:
         check_mechanism(seat, ports)
         vector = train(order, position, seat, ports)
@@ -98,22 +101,26 @@ def advance(order: AdvanceOrder, seat: Seat, ports: Ports) -> tuple[AdvanceAnswe
         _LOG.error("%s", error)
         ours = error.ours
     else:
-        _erase_words(order.round, seat, ports)
+        _erase_words(seat, ports)
     return AdvanceAnswer(adapter_digest=ours), Permit(
         charter=seat.digest, run=seat.run, round=order.round, adapter=ours
     )
 
 
 def evaluate(order: EvaluateOrder, seat: Seat, ports: Ports) -> tuple[EvaluateAnswer, Permit]:
-    """Score an adapter without training.
+    """Score the run's last adapter without training.
 
     Raises:
         PolicyRefused: The charter's evaluation term allows no scores (step 9), or another check failed.
+
+    Guarantees:
+        It is asked once a run: after it neither another adapter is scored in this way, nor anything trained.
     """
     check(order.agreement_digest, seat, ports, spends=False)
     position = catch_up(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
-    return EvaluateAnswer(scores=score(position, seat, ports)), permit_of(seat, order.round, scores=True)
+    scores = score(position, seat, ports, last=True)
+    return EvaluateAnswer(scores=scores), permit_of(seat, order.round, scores=True)
 
 
 def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Permit]:
@@ -145,7 +152,7 @@ def check(agreement_digest: str, seat: Seat, ports: Ports, *, spends: bool) -> N
     Raises:
         PolicyRefused: The first step that failed.
     """
-    seat.check(Agreement.decode(ports.pull(agreement_digest).read_bytes()), spends)
+    seat.check(Agreement.decode(ports.pull(agreement_digest, MAX_BODY_BYTES).read_bytes()), spends)
     ports.state.mark_agreed(seat.digest, agreement_digest)
 
 
@@ -171,13 +178,17 @@ def check_mechanism(seat: Seat, ports: Ports) -> None:
     _LOG.info("privacy checks passed: %s", figures or "no figures")
 
 
-def score(position: Position, seat: Seat, ports: Ports) -> Scores | None:
+def score(position: Position, seat: Seat, ports: Ports, *, last: bool) -> Scores | None:
     """Held-out scores of an adapter, once: a repeated order gets the stored ones.
+
+    Args:
+        last: Whether this is the evaluate-only round that closes the run.
 
     Raises:
         PolicyRefused: The charter's evaluation term does not allow them (step 9).
     """
-    if not seat.scores_allowed(position.after):
+    allowed = seat.scores_allowed(position.after, last=last)
+    if not allowed or (last and ports.state.mark_last_scored(seat.digest, position.after) != position.after):
         raise PolicyRefused(9, "the charter's evaluation term does not let scores of this adapter leave")
     known, scores = ports.state.scores(seat.digest, position.after)
     if known:
@@ -206,8 +217,8 @@ def train(order: TrainOrder, position: Position, seat: Seat, ports: Ports) -> Ve
     )
     reply = ports.worker.train(seat.setup, task, ports.tick)
     _LOG.info("round %d: trained (%s)", order.round, _figures(reply.figures))
-    vector = np.fromfile(output, dtype="<f4").astype(np.float32)  # (d,)
-    output.unlink()
+    vector = np.fromfile(output, dtype="<f4").astype(np.float32) if output.is_file() else np.empty(0, np.float32)
+    output.unlink(missing_ok=True)
     if vector.size != seat.charter.adapter.length or not np.isfinite(vector).all():
         raise RoundFailed(
             f"expected {seat.charter.adapter.length} finite numbers of the worker, got {vector.size}; see worker.log"
@@ -301,11 +312,12 @@ def _adapter_file(position: Position, ports: Ports) -> Path:
     return path
 
 
-def _erase_words(number: int, seat: Seat, ports: Ports) -> None:
-    """The round is closed: its words will not be asked for again."""
-    made = ports.state.round(seat.digest, number)
-    if made is not None:
-        ports.store.delete(made.words)
+def _erase_words(seat: Seat, ports: Ports) -> None:
+    """No words up to the newest closed round will be asked for again."""
+    closed = ports.state.history(seat.digest)
+    for made in ports.state.rounds(seat.digest):
+        if closed and made.round <= closed[-1].round:
+            ports.store.delete(made.words)
 
 
 def _uniform(number: int, seat: Seat) -> codec.Uniform:

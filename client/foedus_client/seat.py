@@ -79,9 +79,11 @@ class Seat:
             seed=self.charter.seed,
         )
 
-    def scores_allowed(self, after: int) -> bool:
-        """Whether scores of the adapter after so many closed rounds may leave at all."""
-        return self.charter.evaluation.term == "plain" and 0 <= after <= self.charter.privacy.rounds
+    def scores_allowed(self, after: int, *, last: bool) -> bool:
+        """Whether scores of the adapter after so many closed rounds may leave: every so many, and the last one's."""
+        term = self.charter.evaluation
+        due = last or after % term.every == 0
+        return term.term == "plain" and due and 0 <= after <= self.charter.privacy.rounds
 
     def weights(self, orgs: list[str]) -> list[float]:
         """w_i / max w of some participants, in their order."""
@@ -138,7 +140,8 @@ class Ports:
     """What a round reaches for. Everything that leaves goes through `gate`; `pull` only fetches.
 
     Attributes:
-        pull: Fetch a file by digest into `store` and return its path; at once where the store has it.
+        pull: Fetch a file by digest into `store` and return its path; at once where the store has it. The second
+            argument is the longest that it may be, in bytes: a coordinator must not fill our disk or memory.
         work: Folder shared with the worker; nothing in it outlives a run.
         clock: Unix seconds of the coordinator's clock.
     """
@@ -146,7 +149,7 @@ class Ports:
     state: ClientState
     ledger: Ledger
     store: FileStore
-    pull: Callable[[str], Path]
+    pull: Callable[[str, int], Path]
     gate: Gate
     worker: WorkerPort
     work: Path

@@ -327,6 +327,19 @@ class ClientState:
         with self._write() as db:
             db.execute("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", (charter, after, text))
 
+    def last_scored(self, charter: str) -> int | None:
+        """After how many closed rounds the run's last scores were asked for; None while they were not."""
+        text = self.fact(f"last-scored:{charter}")
+        return None if text is None else int(text)
+
+    def mark_last_scored(self, charter: str, after: int) -> int:
+        """Note that the run's last scores are asked for; the first call stands, and its number is returned."""
+        name = f"last-scored:{charter}"
+        with self._write() as db:
+            db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, str(after)))
+        stored = self.last_scored(charter)
+        return after if stored is None else stored
+
     def save_receipt(self, charter: str, number: int, receipt: Receipt) -> None:
         """Keep the coordinator's receipt for a round's words."""
         with self._write() as db:

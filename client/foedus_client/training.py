@@ -106,7 +106,8 @@ def private_vector(
 
     Raises:
         PrivacyCheckFailed: A parameter requires a gradient and is not in the vector, the noise is not the one that the
-            terms ask for, or a private step is given any bytes but the operating system's. Nothing here depends on a record.
+            terms ask for, or a private step is given any bytes but the operating system's. Nothing here depends on a
+            record.
 
     Guarantees:
         With noise, the vector is one Poisson-subsampled Gaussian event of `sampling_prob` and `noise_multiplier` with

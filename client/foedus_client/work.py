@@ -13,7 +13,7 @@ from typing import Literal, Protocol, Self
 
 from foedus_protocols.errors import StateError
 from foedus_protocols.messages import Scores
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 MAX_TASK_BYTES = 1 << 20
 
@@ -39,7 +39,7 @@ class Task(BaseModel):
         """
         try:
             return cls.model_validate(json.loads(data))
-        except (ValueError, ValidationError):
+        except (ValueError, RecursionError):
             raise StateError(f"expected a {cls.__name__} between daemon and worker, got something else") from None
 
 

@@ -127,7 +127,8 @@ class Home:
         # Built beside its place and renamed, so that a home is whole or not there.
         part = root.with_name(root.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        (part / "keys").mkdir(parents=True, mode=0o700)
+        part.mkdir(parents=True, mode=0o700)  # The settings may hold a database's password.
+        (part / "keys").mkdir(mode=0o700)
         values = {item.name: getattr(config, item.name) for item in fields(config)}
         write_durably(part / "coordinator.toml", _TEMPLATE.format(**values).encode())
         home = cls(part)
@@ -150,6 +151,8 @@ class Home:
         path = self.root / "coordinator.toml"
         try:
             text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: expected text in UTF-8, got other bytes; save it as UTF-8") from error
         except OSError as error:
             raise ConfigError(
                 f"expected a coordinator in {self.root}, got: {error.strerror}; make one with "

@@ -311,7 +311,7 @@ def _order(run: Run, row: RoundRow) -> None:
         adapter_digest=row.start_digest,
         history_digest=row.history_digest,
         deadline=row.deadline,
-        evaluate=run.charter.evaluation.term == "plain" and (row.number - 1) % run.charter.evaluation.every == 0,
+        evaluate=run.charter.evaluation.term == "plain" and _closed(run) % run.charter.evaluation.every == 0,
     )
     missing = set(run.orgs) - _included(run, row.number)
     run.ask("train", dict.fromkeys(sorted(missing), body), round=row.number, attempt=row.attempt)
@@ -368,11 +368,16 @@ def _missing(run: Run, number: int) -> str:
 
 
 def _keep_scores(run: Run, row: RoundRow, ids: dict[str, str]) -> None:
-    closed = sum(other.state == "closed" for other in run.storage.rounds(run.id))
+    closed = _closed(run)
     with run.storage.write() as connection:
         for org, answer in run.answers(ids, TrainAnswer).items():
             if answer.scores is not None and run.charter.evaluation.term == "plain":
                 figures.add_scores(connection, run.id, closed, org, answer.scores)
+
+
+def _closed(run: Run) -> int:
+    """How many rounds the current adapter stands on."""
+    return sum(other.state == "closed" for other in run.storage.rounds(run.id))
 
 
 def _record_signature(run: Run, org: str, answer: CharterAnswer) -> None:

@@ -107,6 +107,7 @@ class LinkDesk:
     _charters: dict[str, Charter] = field(default_factory=dict)
     _handed: dict[str, dict[str, float]] = field(default_factory=dict)
     _seen: dict[str, float] = field(default_factory=dict)
+    _unfinished: dict[tuple[str, int, str], str] = field(default_factory=dict)
 
     def check_member(self, org: str, leaf_serial: str) -> None:
         """Refuse who is not in the newest roster."""
@@ -180,6 +181,12 @@ class LinkDesk:
         if size != expected:
             raise VerificationError(f"expected a vector of {expected} bytes in run {run}, got {size} announced")
         self.storage.round(run, number)
+        self.storage.require_first_vector(run, number, org, digest)
+        with self._lock:
+            before = self._unfinished.get((run, number, org))
+            self._unfinished[run, number, org] = digest
+        if before is not None and before != digest:
+            self.vectors.drop_part(before)  # One vector a round: whoever begins another gives up the first.
         return self.vectors.open_part(digest, size)
 
     def received(self, org: str, digest: str, size: int, context: dict[str, Any]) -> bytes:

@@ -264,6 +264,16 @@ class Storage:
 
     # Vectors
 
+    def require_first_vector(self, run: str, number: int, org: str, digest: str) -> None:
+        """Refuse another vector of an organisation than the one that was acknowledged, before a byte of it is sent.
+
+        Raises:
+            StateError: Another one was.
+        """
+        at = (vectors.c.run == run, vectors.c.round == number, vectors.c.org == org)
+        with self.read() as connection:
+            _same_vector(connection.execute(select(vectors.c.digest).where(*at)).scalar(), number, org, digest)
+
     def accept_vector(
         self, *, run: str, number: int, org: str, digest: str, size: int, receipt: Callable[[Verdict], bytes]
     ) -> bytes:
@@ -279,11 +289,7 @@ class Storage:
         with self.write() as connection:
             known = connection.execute(select(vectors).where(*at)).first()
             if known is not None:
-                if known.digest != digest:
-                    raise StateError(
-                        f"expected the vector {known.digest[:16]} that {org} sent before in round {number}, "
-                        f"got {digest[:16]}: one round has one vector, whatever the attempt"
-                    )
+                _same_vector(known.digest, number, org, digest)
                 # Its file may have come a second time after it was erased; whoever asked erases it again.
                 connection.execute(vectors.update().where(*at).values(erased=0))
                 return bytes(known.receipt)
@@ -331,7 +337,8 @@ def open_storage(url: str) -> Storage:
     Raises:
         StateError: It was written by a newer version of this program.
     """
-    engine = create_engine(url, **_sqlite_arguments(url))
+    # Without parameters: an error's text goes to the log, and parameters hold what organisations said.
+    engine = create_engine(url, hide_parameters=True, **_sqlite_arguments(url))
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _on_sqlite_connect)
         event.listen(engine, "begin", _on_sqlite_begin)
@@ -379,6 +386,14 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
 def _on_sqlite_begin(connection: Connection) -> None:
     reading = connection.get_execution_options().get("foedus_read", False)
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _same_vector(known: str | None, number: int, org: str, digest: str) -> None:
+    if known is not None and known != digest:
+        raise StateError(
+            f"expected the vector {known[:16]} that {org} sent before in round {number}, got {digest[:16]}: one round "
+            "has one vector, whatever the attempt"
+        )
 
 
 def _round(row: Row[Any]) -> RoundRow:

@@ -44,7 +44,7 @@ def demo(
     max_records_per_unit: Annotated[int, typer.Option(help="Records of one unit in a step.")] = 4,
     expected_units: Annotated[int, typer.Option(help="Expected units of one organisation a round, at most.")] = 64,
     max_heldout_records: Annotated[int, typer.Option(help="Held-out records of one organisation.")] = 100,
-    rate: Annotated[float, typer.Option(help="Learning rate of Adam on the sum.")] = 0.01,
+    rate: Annotated[float, typer.Option(help="Learning rate of Adam on the sum.")] = 0.02,
     clip: Annotated[float, typer.Option(help="Bound on one unit's gradient.")] = 0.15,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out scores.")] = 1,
     round_seconds: Annotated[float, typer.Option(help="Deadline of a round.")] = 1800.0,

@@ -11,7 +11,7 @@ from typing import Any
 
 from foedus_client.datasets.load import load_dataset
 from foedus_client.datasets.readers import stem
-from foedus_client.datasets.units import parse_columns, parse_units, unit_field
+from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE
 
@@ -115,7 +115,7 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
 
     Raises:
         DataError: No such folder, or fewer than two files in it.
-        UsageError: A file's unit is not given, or two files give one name.
+        UsageError: A file's unit is not given, an option names no file, or two files give one name.
     """
     if not folder.is_dir():
         raise DataError(f"expected a folder with one data file for each organisation, got {folder}")
@@ -123,6 +123,7 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
     if len(files) < 2:
         raise DataError(f"expected at least two data files ({', '.join(DATA_SUFFIXES)}) in {folder}, got {len(files)}")
     chosen, mapped = parse_units(units), parse_columns(columns)
+    check_names(files, chosen, mapped)
     organisations = tuple(
         _organisation(path, unit_field(chosen, path), mapped.get(stem(path), {}), base, terms) for path in files
     )

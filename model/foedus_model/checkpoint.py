@@ -89,6 +89,17 @@ def open_checkpoint(path: Path, expect_digest: str | None = None) -> Checkpoint:
     return Checkpoint(path=path, config=read_config(path), manifest=manifest, digest=manifest.digest)
 
 
+def require_safetensors(path: Path) -> None:
+    """Look at the header of every weight file of a folder that has no manifest yet.
+
+    Raises:
+        CheckpointError: A file is truncated, or something else under the name of safetensors.
+    """
+    for file in sorted(path.glob("*.safetensors")):
+        with _opened(file):
+            pass
+
+
 def write_checkpoint(
     path: Path,
     *,

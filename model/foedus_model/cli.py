@@ -39,6 +39,9 @@ def manifest(
     output: FormatOption = Format.text,
 ) -> None:
     """Write the manifest of a downloaded checkpoint, which makes it a base that a charter can name."""
+    from foedus_model.checkpoint import require_safetensors
+
+    require_safetensors(folder)
     written = write_manifest(folder, provenance={"source": source} if source else {})
     result = _described(folder, written, read_config(folder))
     emit(result, output, lambda console: _print_fields(console, result))

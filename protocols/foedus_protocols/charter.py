@@ -75,7 +75,7 @@ class Optimiser(Terms):
     """What turns the sum into the next adapter (`rules.py`). A rule ignores the fields that it does not use."""
 
     name: Literal["adam", "sgd", "adambc"] = "adam"
-    rate: Positive = 0.01
+    rate: Positive = 0.02
     beta1: Moment = 0.9
     beta2: Moment = 0.99
     epsilon: Positive = 1e-8

@@ -319,7 +319,7 @@ units_at_most = 512
 
 [schedule]
 #round_seconds = {schedule.round_seconds}         # every deadline of a round
-#vector_slot_seconds = {schedule.vector_slot_seconds}        # 0: a vector leaves when ready, which tells the size of the sample
+#vector_slot_seconds = {schedule.vector_slot_seconds}        # 0: it leaves when ready, and tells the size of the sample
 #on_short_round = "{schedule.on_short_round}"        # wait | skip | end, when fewer than min_survivors vectors came
 
 [evaluation]

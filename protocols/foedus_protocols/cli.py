@@ -92,6 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our standard output went away (`foedus ... | head`): no traceback for that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        place = error.filename or "a file or connection"
+        sys.stderr.write(f"error: expected to be able to use {place}, got: {error.strerror or error}\n")
+        sys.exit(FoedusError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -30,7 +30,7 @@ from foedus_protocols.channel import (
     split_address,
     translate,
 )
-from foedus_protocols.errors import StateError, VerificationError
+from foedus_protocols.errors import VerificationError
 from foedus_protocols.store import CHUNK_BYTES, FileStore
 from foedus_protocols.v1 import link_pb2, link_pb2_grpc
 
@@ -185,9 +185,12 @@ class LinkClient:
             ConnectError: No progress within `patience_seconds`.
             VerificationError: Refused, too long, or another digest.
         """
-        if store.has(digest):
-            return store.path(digest)
         limit = self._max_file_bytes if max_bytes is None else max_bytes
+        if store.has(digest):
+            held = store.path(digest)
+            if held.stat().st_size > limit:
+                raise VerificationError(f"expected a file of at most {limit} bytes, {digest} is longer")
+            return held
         return self._persist(lambda watched: self._pull_once(watched, digest, store, limit))
 
     def _persist(self, once: Callable[[_Attempt], _Result]) -> _Result:
@@ -290,7 +293,7 @@ class LinkClient:
     def _check_certificate(self) -> None:
         """Say that our certificate ran out before the coordinator closes the socket without a word."""
         if self._closed.is_set():
-            raise StateError("expected an open link, this one was closed")
+            raise TransientError(f"expected an open connection to {self.address}, it was closed")
         if datetime.now(UTC) > self._expires:
             self._tls.read()  # Raises with the reason, unless the file has been renewed meanwhile.
             self.reload()

@@ -114,6 +114,11 @@ class FileStore:
     def delete(self, digest: str) -> None:
         """Erase a file and what came of it in parts; nothing happens where there is none."""
         self._place(digest).unlink(missing_ok=True)
+        self.drop_part(digest)
+
+    def drop_part(self, digest: str) -> None:
+        """Erase what came of a file in parts, and leave the file."""
+        check_digest(digest)
         (self._parts / f"{digest}.part").unlink(missing_ok=True)
 
     def received(self, digest: str) -> int:

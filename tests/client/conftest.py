@@ -327,12 +327,14 @@ class Desk:
         self.state.close()
         self.open()
 
-    def pull(self, wanted: str) -> Path:
+    def pull(self, wanted: str, limit: int) -> Path:
         """Copy a file over, once."""
         if not self.store.has(wanted):
             self.pulls.append(wanted)
             self.store.put(self.coordinator.store.path(wanted))
-        return self.store.path(wanted)
+        path = self.store.path(wanted)
+        assert path.stat().st_size <= limit
+        return path
 
 
 @pytest.fixture

@@ -6,14 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from foedus_client import noise
 from foedus_client.budget import admit_charter, budget_check
 from foedus_client.ledger import Ledger
-from foedus_client.noise import RoundedGaussian
 from foedus_protocols import identity
-from foedus_protocols.charter import NOISE_TABLE_DELTA_SLACK, Charter, round_event, verify_charter_signature
+from foedus_protocols.charter import Charter, round_event, verify_charter_signature
 from foedus_protocols.charter_checks import Limits, OrgView, UnitNamespace, check_charter
 from foedus_protocols.errors import BudgetExhausted, PolicyRefused
 
@@ -103,11 +100,6 @@ def test_a_lower_cap_refuses_at_check_10(league: Any, limits: Limits, ledger: Le
     with pytest.raises(BudgetExhausted) as caught:
         check(league, league.draft(), replace(limits, namespaces=tight), ledger, "sign")
     assert caught.value.step == 10
-
-
-def test_the_charged_slack_covers_the_largest_noise_table() -> None:
-    entries = np.broadcast_to(np.uint64(0), noise._MOST_ENTRIES)  # Only their number matters.
-    assert RoundedGaussian(stddev=1e6, high=entries, low=entries).distance <= NOISE_TABLE_DELTA_SLACK
 
 
 def test_the_entry_says_what_was_agreed(league: Any, limits: Limits, ledger: Ledger) -> None:

@@ -110,10 +110,12 @@ class Coordinator:
         )
         return receipt.model_dump(mode="json")
 
-    def pull(self, digest: str, store: FileStore) -> Path:
+    def pull(self, digest: str, store: FileStore, *, max_bytes: int) -> Path:
         if not store.has(digest):
             if not self.files.has(digest):
                 raise VerificationError("no such file")
+            if self.files.path(digest).stat().st_size > max_bytes:
+                raise VerificationError("too long")
             store.put(self.files.path(digest))
         return store.path(digest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import stat
 import subprocess
@@ -96,6 +97,19 @@ def test_the_noise_tables_slack_is_taken_off_delta(home: Home) -> None:
         home.admit("a", ONE_CHARTER, delta_slack=DELTA / 10)
     admitted = home.admit("a", 10.0, delta_slack=DELTA / 10)
     assert admitted.epsilon == accounting.epsilon([ALL], less_slack(DELTA, DELTA / 10))
+
+
+def test_all_slack_is_taken_at_the_cap_that_is_claimed_now(home: Home) -> None:
+    """Slack grows with e^cap: after the cap was raised, what an earlier charter was charged is no longer enough."""
+    slack = DELTA / 1e4
+    home.admit("a", 5.0, delta_slack=slack)
+    grown = slack * (1 + math.exp(12.0)) / (1 + math.exp(5.0))
+    order = accounting.filter_order([ALL], epsilon_cap=5.0, delta=less_slack(DELTA, slack))
+    admitted = home.admit("b", 12.0, delta_slack=slack)
+    assert admitted.epsilon == pytest.approx(
+        accounting.epsilon_rdp([ALL, ALL], less_slack(DELTA, slack + grown), order=order), rel=1e-12
+    )
+    assert admitted.epsilon > accounting.epsilon_rdp([ALL, ALL], less_slack(DELTA, 2 * slack), order=order)
 
 
 def test_asking_again_returns_the_first_signature_and_allots_once(home: Home) -> None:
@@ -392,6 +406,17 @@ def test_a_forged_chain_is_found(full: Home, statements: list[str]) -> None:
     )
     with pytest.raises(VerificationError, match="unbroken"):
         full.ledger.verify_chain()
+    with pytest.raises(VerificationError, match="unbroken"):
+        full.open()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])
+def test_an_entry_that_is_none_is_named(full: Home, content: bytes) -> None:
+    forge(full.path, f"UPDATE entries SET content = X'{content.hex()}' WHERE sequence = 2")
+    with pytest.raises(VerificationError, match="entry of the ledger"):
+        full.open()
+    with pytest.raises(VerificationError, match="entry of the ledger"):
+        full.ledger.spent("patients")
 
 
 def test_a_changed_entry_with_its_own_digest_put_right_is_found_by_the_next(full: Home) -> None:

@@ -93,6 +93,12 @@ def test_a_missing_policy_is_named(tmp_path: Path) -> None:
         policy.load(tmp_path / "policy.toml")
 
 
+def test_a_policy_of_another_encoding_is_named(path: Path) -> None:
+    path.write_bytes(b"purposes = ['soins-hospitali\xe8res']")
+    with pytest.raises(ConfigError, match=r"UTF-8 in .*policy\.toml"):
+        policy.load(path)
+
+
 def test_one_data_set_serves_a_purpose(path: Path) -> None:
     policy.add_dataset(path, letters(), PATIENTS)
     before = path.read_text()

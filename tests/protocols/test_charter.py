@@ -66,6 +66,8 @@ def test_parse_refuses_what_leans_on_defaults(league: Any) -> None:
         ("privacy", {"surprise": 1}),
         ("privacy", {"rounds": "10"}),
         ("privacy", {"rounds": 0}),
+        ("privacy", {"l2_clip_norm": 1e200}),
+        ("privacy", {"l2_clip_norm": 1e-200}),
         ("masks", {"enabled": True}),
         ("masks", {"ring_bits": 17}),
         ("schedule", {"vector_slot_seconds": 60}),
@@ -109,6 +111,16 @@ def test_mode_none_promises_nothing(league: Any) -> None:
         Charter.parse(section(charter, "privacy", epsilon=8.0, delta=1e-5))
     with pytest.raises(VerificationError, match="private charter"):
         delta_for_accountant(charter, charter.participants[0])
+
+
+@pytest.mark.parametrize("noise", [1e-300, 0.09, 1e300])
+def test_noise_that_no_accountant_can_count_does_not_parse(league: Any, noise: float) -> None:
+    """1e300 overflowed in the accountant, 1e-300 in the weights: neither error carries a check's number."""
+    charter = league.draft()
+    bent = [one.model_dump() for one in charter.participants]
+    bent[1]["noise_multiplier"] = noise
+    with pytest.raises(VerificationError, match="noise"):
+        Charter.parse(changed(charter, participants=bent))
 
 
 @pytest.mark.parametrize("field", ["id", "signing_key"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from foedus_protocols import accounting, codec, layout
-from foedus_protocols.charter import charter_events, delta_for_accountant
+from foedus_protocols.charter import Optimiser, Terms, charter_events, delta_for_accountant
 from foedus_protocols.charter_draft import CharterDraft, charter_template, read_draft
 from foedus_protocols.errors import ConfigError
 
@@ -81,6 +82,9 @@ def test_drafting_twice_gives_the_same_digest(league: Any) -> None:
         ({"name": "First Run"}, "name"),
         ({"masks": {"enabled": True}}, "masks.enabled"),
         ({"masks": {"ring_bits": 17}}, "ring_bits"),
+        ({"masks": {"ring_bits": 0}}, "masks.ring_bits"),
+        ({"masks": {"min_survivors": 0}}, "masks.min_survivors"),
+        ({"privacy": {"l2_clip_norm": 1e7}}, "privacy.l2_clip_norm"),
         ({"participants": [{"id": "yew", "unit": "patient", "units_at_most": 64}]}, "yew"),
         ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 100}]}, "power of two"),
         ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 2**14}]}, "at most 1/"),
@@ -101,6 +105,49 @@ def test_template_is_a_draft_and_its_comments_are_the_defaults(league: Any) -> N
     assert (value.pop("seed"), value["masks"].pop("min_survivors"), value["masks"].pop("ring_bits")) == (1, 2, 16)
     assert (value["privacy"].pop("epsilon"), value["privacy"].pop("delta")) == (8.0, 1e-5)
     assert CharterDraft.model_validate(value) == plain
+
+
+def all_switched_on() -> dict[str, Any]:
+    """The template with every line uncommented that names a key, whatever stands before the key."""
+    lines = [re.sub(r"^#\s*(?=[a-z0-9_]+ = )", "", line) for line in charter_template().splitlines()]
+    return tomllib.loads("\n".join(lines))
+
+
+def test_every_default_of_the_template_is_one_line_with_an_explanation() -> None:
+    """A comment that swallowed a key, or a key that swallowed another's comment, shows here."""
+    lines = [line for line in charter_template().splitlines() if line.startswith("#") and not line.startswith("# ")]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"#[a-z0-9_]+ = \S.*?  +# \S.*", line), line
+    value = all_switched_on()
+    assert value.keys() == CharterDraft.model_fields.keys()
+    for name, field in CharterDraft.model_fields.items():
+        if isinstance(field.default, Terms):
+            assert value[name].keys() == type(field.default).model_fields.keys(), name
+    assert value["recipe"]["optimiser"].keys() == Optimiser.model_fields.keys()
+
+
+@pytest.mark.parametrize("mode", ["local", "none"])
+def test_the_template_with_everything_switched_on_drafts_a_charter(league: Any, mode: str) -> None:
+    value = all_switched_on()
+    for participant, org in zip(value["participants"], ("ash", "birch"), strict=True):
+        participant["id"] = org
+    if mode == "local":
+        del value["seed"]  # The template says that it belongs to mode none.
+    else:
+        value["privacy"] = {k: v for k, v in value["privacy"].items() if k not in ("epsilon", "delta")}
+        value["privacy"]["mode"] = "none"
+    charter = league.draft(**value)
+    assert charter.privacy.mode == mode
+    assert (charter.privacy.rounds, charter.privacy.target_units) == (10, 64)
+    assert (charter.masks.min_survivors, charter.masks.ring_bits) == (2, 16)
+    assert charter.schedule.on_short_round == "wait"
+
+
+def test_what_the_whole_gets_wrong_is_named(league: Any) -> None:
+    twice = [league.toml()["participants"][0]] * 2
+    with pytest.raises(ConfigError, match=r"the whole: .*same id"):
+        league.draft(participants=twice)
 
 
 def test_reading_a_draft(tmp_path: Path) -> None:

@@ -207,6 +207,10 @@ def test_an_absent_config_is_named(tmp_path: Path) -> None:
     [
         ("use_dora", True),
         ("use_rslora", True),
+        ("init_lora_weights", "pissa"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {}),
         ("rank_pattern", {"q_proj": 2}),
         ("bias", "all"),
         ("target_modules", ["q_proj"]),

@@ -207,7 +207,10 @@ def test_noise_variance_is_that_of_the_weighted_mean() -> None:
         {"beta2": -0.1},
         {"momentum": 1.0},
         {"epsilon": 0.0},
+        {"epsilon": 1e-60},
+        {"epsilon": 1e60},
         {"name": "adambc"},
+        {"name": "adambc", "noise_variance": 1e-60},
     ],
 )
 def test_a_rule_that_cannot_step_is_refused(change: dict[str, Any]) -> None:

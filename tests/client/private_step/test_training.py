@@ -143,6 +143,7 @@ def test_a_private_step_refuses_a_seed_another_noise_and_none(stand_in, units) -
     seeded = SeededBytes(seed=1, org="a", round_number=1)
     refused = [
         (TERMS, seeded, noise, PrivacyCheckFailed),
+        (TERMS, np.random.default_rng(1).bytes, noise, PrivacyCheckFailed),
         (TERMS, os.urandom, None, PrivacyCheckFailed),
         (TERMS, os.urandom, rounded_gaussian(noise.stddev / 2 + 1024), PrivacyCheckFailed),
         (OPEN, os.urandom, noise, ConfigError),
