@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
-from foedus_protocols.cli import SUMMARIES, root
+from foedus_protocols.cli import SUMMARIES, main, root
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ("foedus",)) -> Iterator[tuple[str, click.Command]]:
@@ -83,3 +83,16 @@ def test_the_demos_defaults_are_the_documented_ones() -> None:
         "max_heldout_records": 100,
     }
     assert {name: defaults[name] for name in expected} == expected
+
+
+def test_trouble_of_the_operating_system_is_one_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/srv/foedus")
+
+    monkeypatch.setattr(root, "main", refused)
+    with pytest.raises(SystemExit) as left:
+        main(["coordinator", "status"])
+    assert left.value.code == 1
+    assert capsys.readouterr().err == "error: expected to be able to use /srv/foedus, got: Permission denied\n"

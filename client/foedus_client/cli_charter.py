@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Annotated, Any
 
 import typer
 from foedus_protocols.charter import Charter
-from foedus_protocols.console import Format, FormatOption, emit
+from foedus_protocols.charter_checks import check_charter
+from foedus_protocols.console import Format, FormatOption, emit, printable
 from foedus_protocols.errors import StateError
+from foedus_protocols.identity import load_signing_key
 from foedus_protocols.store import FileStore
 from rich.console import Console
 from rich.table import Table
 
+from foedus_client import policy
 from foedus_client.config import HOME_VARIABLE, Home, find_home
+from foedus_client.ledger import Ledger
+from foedus_client.membership import org_view, remembered
 from foedus_client.state import CharterRecord, ClientState
 
 charter_app = typer.Typer(no_args_is_help=True, help="The terms of runs: list, read, approve, refuse.")
@@ -35,7 +41,8 @@ def charter_list(home: HomeOption = None, output: FormatOption = Format.text) ->
     def render(console: Console) -> None:
         table = Table("charter", "name", "purpose", "state", "why", box=None)
         for one in found:
-            table.add_row(one["digest"][:12], one["name"], one["purpose"], one["state"], one["reason"])
+            cells = (one["digest"][:12], one["name"], one["purpose"], one["state"], one["reason"])
+            table.add_row(*map(printable, cells))
         console.print(table if found else "no charter was offered yet", markup=False, highlight=False)
 
     emit({"charters": found}, output, render)
@@ -55,7 +62,7 @@ def charter_show(digest: DigestArgument, home: HomeOption = None, output: Format
 
 @charter_app.command("approve")
 def charter_approve(digest: DigestArgument, home: HomeOption = None, output: FormatOption = Format.text) -> None:
-    """Let the daemon sign; it makes every check again before it does."""
+    """Let the daemon sign; every check is made now, and again before it does."""
     _decide(digest, home, output, approve=True, reason="approved here")
 
 
@@ -71,11 +78,30 @@ def charter_refuse(
 
 
 def _decide(digest: str, home: Path | None, output: Format, *, approve: bool, reason: str) -> None:
-    with _state(find_home(home)) as state:
+    place = find_home(home)
+    with _state(place) as state:
+        if approve:
+            _check(place, state, state.charter(digest))
         record = state.decide(digest, approve=approve, reason=reason)
     word = "approved: the daemon signs it within seconds" if approve else "refused"
     text = f"charter {record.digest[:12]} ({record.name}) {word}"
     emit(_summary(record), output, lambda console: console.print(text, markup=False, highlight=False))
+
+
+def _check(place: Home, state: ClientState, record: CharterRecord) -> None:
+    """The daemon's checks before signing, so that a person hears at once what stands against it."""
+    store = FileStore(place.files)
+    view = org_view(
+        place.membership(),
+        policy=policy.load(place.policy),
+        ledger=Ledger(place.ledger),
+        rosters=remembered(state, lambda digest, _most: store.path(digest)),
+        signing_key=load_signing_key(place.signing_key),
+        stage="sign",
+        now=time.time(),
+    )
+    data = store.path(record.digest).read_bytes()
+    check_charter(data, record.digest, record.operator_signature, view, stage="sign")
 
 
 @contextmanager
@@ -131,5 +157,5 @@ def _render(charter: Charter, record: CharterRecord, org: str, console: Console)
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     console.print(table, markup=False, highlight=False)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from foedus_protocols.charter import MAX_CHARTER_BYTES, Charter, Participant
 from foedus_protocols.charter_checks import OrgView, Stage, check_charter
+from foedus_protocols.console import printable
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import (
     CheckpointError,
@@ -71,6 +72,7 @@ POLL_SECONDS = 15.0
 HELLO_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS = 0.5
+_REASON_CHARACTERS = 500
 MAX_SKEW_SECONDS = 86_400.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
 _random = secrets.SystemRandom()
@@ -222,9 +224,7 @@ class Daemon:
         answer = link.hello({"protocol": 1, "org": self._us.org})
         head, signature, clock = read_hello(answer, self._us)
         self._clock.follow(clock, (asked + time.time()) / 2)
-        self._rosters = update_rosters(
-            head, signature, us=self._us, state=self._state, pull=self._puller(link)
-        )
+        self._rosters = update_rosters(head, signature, us=self._us, state=self._state, pull=self._puller(link))
         self._inbox.clear()
         _LOG.info("connected to %s, %d members", self._us.federation, len(self._rosters[-1].members))
 
@@ -340,7 +340,7 @@ class Daemon:
             answer = CloseAnswer(), Permit(charter=notice.charter_digest, run=run)
         self._seats.pop(notice.charter_digest, None)
         self._waiting.discard(notice.charter_digest)
-        _LOG.info("run %s is over: %s (%s)", run, notice.outcome, notice.reason)
+        _LOG.info("run %s is over: %s (%s)", run, notice.outcome, printable(notice.reason)[:_REASON_CHARACTERS])
         return answer
 
     # What a message stands on.

@@ -173,8 +173,8 @@ def _check_our_part(entry: ClosedRound, seat: Seat, ports: Ports) -> None:
         )
     if made is not None and made.receipt is not None and included != (made.receipt["verdict"] == "included"):
         raise VerificationError(
-            f"expected round {entry.round} to be as the signed receipt for our vector says "
-            f"({made.receipt['verdict']}), its survivors say otherwise: keep the receipt, the coordinator broke its word"
+            f"expected our vector of round {entry.round} to be {made.receipt['verdict']} as its signed receipt says, "
+            "the survivors say otherwise: keep the receipt, the coordinator broke its word"
         )
 
 

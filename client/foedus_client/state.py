@@ -263,8 +263,9 @@ class ClientState:
         self._set(digest, "checked = 1", ())
 
     def mark_closed(self, digest: str, reason: str) -> None:
-        """The run is over."""
-        self._set(digest, "state = 'closed', reason = ?", (reason,))
+        """The run is over; where we said no ourselves, our own reason stays."""
+        kept = "CASE WHEN state IN ('refused', 'declined') THEN reason ELSE ? END"
+        self._set(digest, f"state = 'closed', reason = {kept}", (reason,))
 
     def _set(self, digest: str, assignment: str, values: tuple[object, ...]) -> None:
         with self._write() as db:

@@ -23,7 +23,7 @@ from foedus_protocols.manifest import read_config, verify_manifest
 from rich.console import Console
 from rich.table import Table
 
-from foedus_coordinator.config import DEFAULT_HOME, HOME_VARIABLE, Config, Home, default_listen
+from foedus_coordinator.config import DEFAULT_HOME, HOME_VARIABLE, Config, Home, at, default_listen
 
 if TYPE_CHECKING:
     from foedus_protocols.charter import Charter
@@ -63,8 +63,8 @@ def init(
         "federation": federation,
         "ca_fingerprint": made.authority.fingerprint,
         "operator_key": public_hex(made.operator_key),
-        "link": f"{address}:{link_port}",
-        "enrolment": f"{address}:{enrolment_port}",
+        "link": at(address, link_port),
+        "enrolment": at(address, enrolment_port),
     }
 
     def show(console: Console) -> None:
@@ -97,7 +97,7 @@ def invite(
     """Make a one-time token, good for a day, with the fingerprint that the organisation must check."""
     opened = _open(home)
     token = opened.members.invite(org)
-    address = f"{opened.config.address}:{opened.config.enrolment_port}"
+    address = at(opened.config.address, opened.config.enrolment_port)
     result: dict[str, Any] = {"org": org, "coordinator": address, "ca_fingerprint": opened.authority.fingerprint}
     if token_file is None:
         result["token"] = token

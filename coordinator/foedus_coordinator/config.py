@@ -245,6 +245,11 @@ class Home:
             return True
 
 
+def at(host: str, port: int) -> str:
+    """``HOST:PORT`` as it is dialled and bound; an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def default_listen(address: str) -> str:
     """Loopback stays loopback; everything else listens on all interfaces."""
     if address == "localhost":

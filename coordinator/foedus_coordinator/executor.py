@@ -15,7 +15,7 @@ from foedus_protocols.link import serve_link
 from sqlalchemy.exc import SQLAlchemyError
 
 from foedus_coordinator.app import start
-from foedus_coordinator.config import Home
+from foedus_coordinator.config import Home, at
 from foedus_coordinator.grid import LinkGrid
 from foedus_coordinator.run import Interrupted, Run
 from foedus_coordinator.service import EnrolmentDesk, LinkDesk
@@ -38,21 +38,21 @@ def serve(home: Home, *, stop: threading.Event, say: Callable[[str], None]) -> N
         home.renew_certificate()
         stack.callback(home.storage.close)
         stack.callback(_join, threads)
-        link = serve_link(f"{config.listen}:{config.link_port}", _link_desk(home), home.tls, slots=config.slots)
+        link = serve_link(at(config.listen, config.link_port), _link_desk(home), home.tls, slots=config.slots)
         stack.callback(link.stop)
         enrolment_desk = EnrolmentDesk(
             members=home.members,
             federation=config.federation,
             operator_key=public_hex(home.operator_key),
             ca_pem=home.authority.pem,
-            link_address=f"{config.address}:{link.port}",
+            link_address=at(config.address, link.port),
         )
-        enrolment = serve_enrolment(f"{config.listen}:{config.enrolment_port}", enrolment_desk, home.tls)
+        enrolment = serve_enrolment(at(config.listen, config.enrolment_port), enrolment_desk, home.tls)
         stack.callback(enrolment.stop)
         stack.callback(stop.set)  # First of all on the way out: the runs' threads look at it.
         say(
-            f"listening: federation {config.federation}, link {config.address}:{link.port}, "
-            f"enrolment {config.address}:{enrolment.port}"
+            f"listening: federation {config.federation}, link {at(config.address, link.port)}, "
+            f"enrolment {at(config.address, enrolment.port)}"
         )
         _watch(home, threads, stop, say)
 

@@ -11,7 +11,7 @@ from foedus_protocols.charter import Charter
 from foedus_protocols.manifest import MANIFEST_FILE
 
 from foedus_coordinator import figures
-from foedus_coordinator.config import Home
+from foedus_coordinator.config import Home, at
 from foedus_coordinator.storage import RoundRow, RunRow
 from foedus_coordinator.variant import epsilon_after
 
@@ -75,8 +75,8 @@ def status(home: Home) -> dict[str, Any]:
     return {
         "federation": home.config.federation,
         "home": str(home.root),
-        "link": f"{home.config.address}:{home.config.link_port}",
-        "enrolment": f"{home.config.address}:{home.config.enrolment_port}",
+        "link": at(home.config.address, home.config.link_port),
+        "enrolment": at(home.config.address, home.config.enrolment_port),
         "ca_fingerprint": home.authority.fingerprint,
         "running": home.is_locked(),
         "roster_version": roster.version,

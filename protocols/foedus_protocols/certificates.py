@@ -199,7 +199,10 @@ def check_own_certificate(
     now = now or datetime.now(UTC)
     starts, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise ConnectError(f"expected a valid certificate, ours expired at {ends:%Y-%m-%d %H:%M} UTC; enrol again")
+        raise ConnectError(
+            f"expected a valid certificate, ours expired at {ends:%Y-%m-%d %H:%M} UTC; renewal does not "
+            "exist yet: join under a new id from another --home"
+        )
     if now < starts:
         raise ConnectError(
             f"expected a certificate that is valid now, ours starts at {starts:%Y-%m-%d %H:%M} UTC and this clock says "

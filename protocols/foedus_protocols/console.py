@@ -30,6 +30,11 @@ progress_console = Console(stderr=True)
 """Progress, questions and logs."""
 
 
+def printable(text: str) -> str:
+    """Somebody else's free text for a terminal or a log: no line ends, no escape sequences that hide or fake words."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def emit(result: Mapping[str, Any], output: Format, render: Callable[[Console], None]) -> None:
     """Print a result: as JSON, or with `render` for people."""
     if output is Format.json:

@@ -90,8 +90,8 @@ class Scores(Body):
     """Held-out scores: the sum of token losses in nats, and the number of tokens and units they stand for."""
 
     loss_sum: float
-    tokens: Annotated[int, Field(ge=0)]
-    units: Annotated[int, Field(ge=0)]
+    tokens: int
+    units: int
 
 
 class TrainAnswer(Body):

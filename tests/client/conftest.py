@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -51,7 +51,9 @@ def operator_key() -> Ed25519PrivateKey:
 def make_charter() -> Callable[..., Charter]:
     """A function that makes a charter for `ORGS`."""
 
-    def make(*, private: bool = True, evaluation: str = "plain", rounds: int = 4, **changes: Any) -> Charter:
+    def make(
+        *, private: bool = True, evaluation: str = "plain", rounds: int = 4, every: int = 1, **changes: Any
+    ) -> Charter:
         noise = 2.0 if private else 0.0
         participants = []
         for org, units_at_most in zip(ORGS, (128, 256, 512), strict=True):
@@ -106,7 +108,7 @@ def make_charter() -> Callable[..., Charter]:
                 "update_bound": codec.update_bound(constants, LENGTH),
             },
             "schedule": {},
-            "evaluation": {"term": evaluation},
+            "evaluation": {"term": evaluation, "every": every},
             "release": {},
             "not_before": 0,
             "expires": FOREVER,
@@ -130,6 +132,7 @@ class FakeCoordinator:
         self.delivered: list[bytes] = []
         self.fail_before_push = False
         self.fail_after_push = False
+        self.verdict: Literal["included", "late"] = "included"
         self.history: list[ClosedRound] = []
         self.adapter = np.zeros(charter.adapter.length, np.float32)
         self.optimiser = rules.initial_state(charter.rule(), charter.adapter.length)
@@ -149,7 +152,7 @@ class FakeCoordinator:
             org="ahorn",
             digest=digest,
             size=path.stat().st_size,
-            verdict="included",
+            verdict=self.verdict,
             time=1,
         )
         return receipt.model_dump(mode="json")

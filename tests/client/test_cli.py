@@ -320,15 +320,27 @@ def test_status_and_decisions(joined: Home, tmp_path: Path) -> None:
     state = ClientState(joined.state)
     state.note_offer(digest="ab" * 32, run="r-1", name="trial", purpose="care", operator_signature="0" * 128)
     assert [one["state"] for one in call(joined, "charter", "list")["charters"]] == ["offered"]
-    assert call(joined, "charter", "approve", "abab")["state"] == "approved"
+    assert call(joined, "charter", "refuse", "abab")["state"] == "declined"
     with pytest.raises(StateError):
-        call(joined, "charter", "refuse", "abab")
+        call(joined, "charter", "approve", "abab")
     found = call(joined, "status")
-    assert (found["daemon"], found["joined"], found["charters"][0]["state"]) == ("stopped", True, "approved")
+    assert (found["daemon"], found["joined"], found["charters"][0]["state"]) == ("stopped", True, "declined")
     with HomeLock(joined.lock):
         assert call(joined, "status")["daemon"] == "running"
         with pytest.raises(StateError, match="no other daemon"):
             call(joined, "up")
+
+
+def test_a_charters_words_are_no_markup(joined: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its purpose is the operator's free text: it must not break the list, nor dress up as something else."""
+    state = ClientState(joined.state)
+    state.note_offer(
+        digest="ab" * 32, run="r-1", name="trial", purpose="[/x] care\x1b[8m", operator_signature="0" * 128
+    )
+    result = CliRunner().invoke(app, ["charter", "list", "--home", str(joined.root)])
+    assert result.exception is None
+    assert "[/x] care" in result.output
+    assert "\x1b[8m" not in result.output
 
 
 def test_base_add_allows_a_base(joined: Home) -> None:

@@ -28,6 +28,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     home.save(CONFIG)
     with pytest.raises(StateError, match="approved"):
         home.membership()
+    home.config.write_bytes(b'org = "\xfc"')
+    with pytest.raises(ConfigError, match="expected a readable"):
+        home.load()
     home.config.write_text("org = 3\n")
     with pytest.raises(ConfigError):
         home.load()

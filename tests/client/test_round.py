@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from foedus_client import round as rounds
 from foedus_client.replay import AdapterDiffers, catch_up
-from foedus_protocols.errors import BudgetExhausted, ConnectError, PolicyRefused, PrivacyCheckFailed, VerificationError
+from foedus_client.work import TrainReply
+from foedus_protocols.errors import (
+    BudgetExhausted,
+    ConnectError,
+    PolicyRefused,
+    PrivacyCheckFailed,
+    RoundFailed,
+    VerificationError,
+)
 from foedus_protocols.messages import AdvanceOrder, CloseNotice, EvaluateOrder
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.unit
 
@@ -124,6 +134,13 @@ def test_a_kept_position_saves_the_replay_and_is_not_trusted(desk: Any, tmp_path
     kept.write_bytes(kept.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
     position = catch_up(desk.coordinator.history_digest, desk.seat, desk.ports)
     assert position.digest == desk.coordinator.adapter_digest
+    # So does a right adapter with moments of another shape.
+    arrays = load_file(kept) | {"second": np.zeros(7, np.float32)}
+    with safe_open(kept, framework="np") as file:
+        save_file(arrays, kept, metadata=file.metadata())
+    desk.coordinator.close_round(4, _others(4), tmp_path)
+    position = catch_up(desk.coordinator.history_digest, desk.seat, desk.ports)
+    assert position.digest == desk.coordinator.adapter_digest
 
 
 def test_our_own_vector_is_in_the_sum_that_we_replay(desk: Any, tmp_path: Path) -> None:
@@ -173,6 +190,24 @@ def test_a_history_that_cannot_be_is_refused(desk: Any, tmp_path: Path, change: 
         catch_up(desk.coordinator.history_digest, desk.seat, desk.ports)
 
 
+@pytest.mark.parametrize("verdict", ["included", "late"])
+def test_a_history_that_breaks_a_receipts_word_is_refused(desk: Any, tmp_path: Path, verdict: str) -> None:
+    desk.coordinator.verdict = verdict
+    rounds.take_part(desk.coordinator.order(1), desk.seat, desk.ports)
+    words = desk.coordinator.pushed[0][1] if verdict == "late" else None
+    desk.coordinator.close_round(1, _others(1), tmp_path, words=words)
+    with pytest.raises(VerificationError, match="receipt"):
+        catch_up(desk.coordinator.history_digest, desk.seat, desk.ports)
+
+
+def test_an_advance_order_erases_the_words_of_closed_rounds_alone(desk: Any) -> None:
+    desk.coordinator.fail_before_push = True
+    with pytest.raises(ConnectError):
+        rounds.take_part(desk.coordinator.order(1), desk.seat, desk.ports)
+    rounds.advance(_advance(desk, 1), desk.seat, desk.ports)
+    assert desk.store.has(desk.state.round(desk.charter.digest, 1).words)
+
+
 def test_a_rewritten_history_is_refused(desk: Any, tmp_path: Path) -> None:
     desk.coordinator.close_round(1, _others(1), tmp_path)
     catch_up(desk.coordinator.history_digest, desk.seat, desk.ports)
@@ -205,9 +240,16 @@ def test_a_failed_privacy_check_releases_nothing(desk: Any) -> None:
     assert not desk.state.charter(desk.charter.digest).checked
 
 
+def test_a_worker_that_writes_no_vector_fails_the_round(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk.worker, "train", lambda setup, task, tick: TrainReply(figures={}))
+    with pytest.raises(RoundFailed, match="got 0"):
+        rounds.take_part(desk.coordinator.order(1), desk.seat, desk.ports)
+    assert desk.ledger.spent("patients") == ()
+
+
 def test_the_checks_run_once_a_private_run(desk: Any, tmp_path: Path) -> None:
     rounds.take_part(desk.coordinator.order(1), desk.seat, desk.ports)
-    desk.coordinator.close_round(1, _others(1), tmp_path)
+    desk.coordinator.close_round(1, _others(1), tmp_path, words=desk.coordinator.pushed[0][1])
     rounds.take_part(desk.coordinator.order(2), desk.seat, desk.ports)
     assert desk.worker.checked == 1
 
@@ -239,6 +281,38 @@ def test_scores_without_a_term_are_refused(make_desk: Callable[..., Any]) -> Non
     order = EvaluateOrder(**desk.coordinator.order(1).model_dump(exclude={"attempt", "evaluate"}))
     with pytest.raises(PolicyRefused):
         rounds.evaluate(order, desk.seat, desk.ports)
+
+
+def _evaluate(desk: Any) -> EvaluateOrder:
+    return EvaluateOrder(**desk.coordinator.order(1).model_dump(exclude={"attempt", "evaluate"}))
+
+
+def test_scores_leave_no_more_often_than_the_charter_says(make_desk: Callable[..., Any], tmp_path: Path) -> None:
+    desk = make_desk(every=2)
+    desk.coordinator.close_round(1, _others(1), tmp_path)
+    with pytest.raises(PolicyRefused) as refusal:
+        rounds.take_part(desk.coordinator.order(2, evaluate=True), desk.seat, desk.ports)
+    assert refusal.value.step == 9
+    assert (desk.worker.evaluated, desk.coordinator.pushed) == (0, [])
+    desk.coordinator.close_round(2, _others(2), tmp_path)
+    answer, _ = rounds.take_part(desk.coordinator.order(3, evaluate=True), desk.seat, desk.ports)
+    assert answer.scores == desk.worker.scores
+
+
+def test_the_last_scores_are_asked_for_once_a_run(make_desk: Callable[..., Any], tmp_path: Path) -> None:
+    desk = make_desk(every=3)
+    desk.coordinator.close_round(1, _others(1), tmp_path)
+    for _ in range(2):
+        answer, _ = rounds.evaluate(_evaluate(desk), desk.seat, desk.ports)
+        assert answer.scores == desk.worker.scores
+        desk.restart()
+    with pytest.raises(PolicyRefused, match="no training"):
+        rounds.take_part(desk.coordinator.order(2), desk.seat, desk.ports)
+    desk.coordinator.close_round(2, _others(2), tmp_path)
+    with pytest.raises(PolicyRefused) as refusal:
+        rounds.evaluate(_evaluate(desk), desk.seat, desk.ports)
+    assert refusal.value.step == 9
+    assert (desk.worker.evaluated, desk.worker.trained) == (1, 0)
 
 
 def test_an_organisation_that_holds_out_nothing_answers_without_scores(desk: Any) -> None:

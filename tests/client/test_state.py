@@ -91,3 +91,17 @@ def test_an_ambiguous_or_unknown_beginning_is_an_error(state: ClientState) -> No
     for beginning in ("abab", "cdcd", "a", "%%%%"):
         with pytest.raises(StateError):
             state.charter(beginning)
+
+
+def test_our_own_reason_outlives_the_end_of_a_refused_run(tmp_path: Path) -> None:
+    state = ClientState(tmp_path / "client.db")
+    for digest in ("a" * 64, "b" * 64):
+        state.note_offer(digest=digest, run="r", name="n", purpose="p", operator_signature="0" * 128)
+    state.mark_refused("a" * 64, step=10, reason="the cap would be passed")
+    for digest in ("a" * 64, "b" * 64):
+        state.mark_closed(digest, "refused: somebody said no")
+    assert [state.charter(digest).reason for digest in ("a" * 64, "b" * 64)] == [
+        "the cap would be passed",
+        "refused: somebody said no",
+    ]
+    assert state.charter("a" * 64).state == "closed"

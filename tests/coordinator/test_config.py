@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from foedus_coordinator import config as config_module
-from foedus_coordinator.config import Config, Home, default_listen
+from foedus_coordinator.config import Config, Home, at, default_listen
 from foedus_protocols.errors import ConfigError, StateError
 
 SETTINGS = Config(federation="test", address="127.0.0.1", link_port=1, enrolment_port=2, listen="127.0.0.1")
@@ -20,6 +20,21 @@ def test_keys_are_for_their_owner_alone(federation: Any) -> None:
     for name in ("operator", "ca", "tls"):
         assert stat.S_IMODE(federation.home.key_path(name).stat().st_mode) == 0o600
     assert stat.S_IMODE((federation.root / "keys").stat().st_mode) == 0o700
+
+
+def test_the_home_is_closed_to_others(tmp_path: Path) -> None:
+    """The settings may hold a database's password, the database what organisations said."""
+    assert stat.S_IMODE(Home.create(tmp_path / "home", SETTINGS).root.stat().st_mode) == 0o700
+
+
+def test_settings_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "coordinator.toml").write_bytes(b'federation = "\xfc"')
+    with pytest.raises(ConfigError, match="UTF-8"):
+        _ = Home(tmp_path).config
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert (at("::1", 7443), at("127.0.0.1", 7443)) == ("[::1]:7443", "127.0.0.1:7443")
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from foedus_coordinator import figures
 from foedus_coordinator.rounds import execute
 from foedus_coordinator.run import Interrupted, Run
 from foedus_coordinator.storage import Storage
-from foedus_protocols.messages import AdvanceAnswer, Body, CharterAnswer, TrainAnswer
+from foedus_protocols.messages import AdvanceAnswer, Body, CharterAnswer, TrainAnswer, TrainOrder
 from sqlalchemy import Connection
 
 
@@ -205,7 +205,7 @@ def test_a_short_round_is_offered_again_under_wait(federation: Any, pump: Any) -
     federation.start_run(
         masks={"min_survivors": 3},
         privacy={"mode": "none", "rounds": 1, "l2_clip_norm": 1.0},
-        schedule={"round_seconds": 0.5, "on_short_round": "wait"},
+        schedule={"round_seconds": 1.5, "on_short_round": "wait"},
     )
     gamma = federation.orgs["gamma"]
     gamma.silent = {"train"}
@@ -251,7 +251,7 @@ def test_a_deadline_that_passed_while_the_coordinator_was_down_is_given_again(fe
     federation.start_run(
         masks={"min_survivors": 3},
         privacy={"mode": "none", "rounds": 1, "l2_clip_norm": 1.0},
-        schedule={"round_seconds": 0.6, "on_short_round": "end"},
+        schedule={"round_seconds": 1.5, "on_short_round": "end"},
     )
     for org in federation.orgs.values():
         org.silent = {"train"}
@@ -269,6 +269,28 @@ def test_a_deadline_that_passed_while_the_coordinator_was_down_is_given_again(fe
             org.silent = set()
         execute(federation.run())
     check_complete(federation, rounds=1)
+
+
+def test_scores_are_asked_for_by_closed_rounds(federation: Any, pump: Any) -> None:
+    """A member lets them out after every second closed round; a failed round in between must not shift that."""
+    federation.start_run(
+        masks={"min_survivors": 3},
+        privacy={"mode": "none", "rounds": 3, "l2_clip_norm": 1.0},
+        schedule={"round_seconds": 0.5, "on_short_round": "skip"},
+        evaluation={"term": "plain", "every": 2},
+    )
+    gamma = federation.orgs["gamma"]
+    train = gamma._train
+    asked: list[tuple[int, bool]] = []
+
+    def training(order: TrainOrder) -> TrainAnswer:
+        asked.append((order.round, order.evaluate))
+        return TrainAnswer() if order.round == 1 else train(order)
+
+    gamma._train = training
+    with pump(federation):
+        execute(federation.run())
+    assert asked == [(1, True), (2, True), (3, False)]
 
 
 def test_an_organisation_that_scores_nothing_is_left_out_of_the_curve(federation: Any, pump: Any) -> None:

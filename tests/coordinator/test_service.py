@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from foedus_coordinator import service
+from foedus_protocols.canonical import digest
 from foedus_protocols.envelope import Envelope, seal
 from foedus_protocols.errors import StateError, VerificationError
 from foedus_protocols.identity import COORDINATOR, verify
@@ -125,10 +126,10 @@ def test_nobody_answers_in_anothers_name(offered: Any) -> None:
 
 
 def test_files_are_for_the_participants(offered: Any) -> None:
-    digest = offered.home.storage.run(offered.run_id).charter_digest
-    assert offered.desk.path_of("alpha", digest).exists()
+    charter = offered.home.storage.run(offered.run_id).charter_digest
+    assert offered.desk.path_of("alpha", charter).exists()
     with pytest.raises(VerificationError, match="stranger may pull"):
-        offered.desk.path_of("stranger", digest)
+        offered.desk.path_of("stranger", charter)
     with pytest.raises(VerificationError, match="alpha may pull"):
         offered.desk.path_of("alpha", "c" * 64)
 
@@ -148,6 +149,22 @@ def test_a_vector_of_another_size_or_round_is_refused_before_a_byte(offered: Any
     with pytest.raises(VerificationError, match="run and round"):
         offered.desk.granted("alpha", "a" * 64, size, {"run": 3})
     offered.desk.granted("alpha", "a" * 64, size, context).close()
+
+
+def test_a_round_holds_one_vector_of_an_organisation(offered: Any) -> None:
+    """A member that pushes one file after the other fills no disk: neither with parts nor with whole files."""
+    alpha = offered.orgs["alpha"]
+    offered.home.storage.add_round(offered.run_id, 1, deadline=1.0, start_digest="a" * 64, history_digest="b" * 64)
+    words = alpha._words(1)
+    context = {"run": offered.run_id, "round": 1}
+    for name in ("a" * 64, "b" * 64, "c" * 64):
+        with offered.desk.granted("alpha", name, len(words), context) as part:
+            part.write(words[:-1])
+    assert [path.name for path in offered.home.vectors.root.rglob("*.part")] == [f"{'c' * 64}.part"]
+    alpha.push(words, 1)
+    with pytest.raises(StateError, match="one round has one vector"):
+        offered.desk.granted("alpha", "d" * 64, len(words), context)
+    assert [path.name for path in offered.home.vectors.root.rglob("*") if path.is_file()] == [digest(words)]
 
 
 def test_a_receipt_is_the_operators(offered: Any) -> None:

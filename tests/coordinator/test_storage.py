@@ -11,10 +11,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from foedus_coordinator import figures
 from foedus_coordinator.storage import SCHEMA_VERSION, Storage, open_storage
-from foedus_coordinator.tables import metadata
+from foedus_coordinator.tables import messages, metadata
 from foedus_protocols.errors import StateError
 from foedus_protocols.messages import Scores
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 A, B = "a" * 64, "b" * 64
 
@@ -43,6 +44,13 @@ def test_sqlite_is_as_durable_as_promised(storage: Storage) -> None:
     with storage.engine.connect() as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+
+
+def test_an_errors_text_holds_no_values(storage: Storage) -> None:
+    add = messages.insert().values(digest="d", run="r", answer=b"scores of somebody")
+    with pytest.raises(SQLAlchemyError) as error, storage.write() as connection:
+        connection.execute(add)
+    assert "somebody" not in str(error.value)
 
 
 def test_a_database_of_a_newer_version_is_refused(storage: Storage, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def make_terms() -> MakeTerms:
     def make(**changes: Any) -> Terms:
         values: dict[str, Any] = {
             "private": True, "epsilon": 8.0, "delta": 1e-5, "rounds": 2, "seed": 3, "max_tokens": 256,
-            "max_records_per_unit": 4, "expected_units": 64, "max_heldout_records": 100, "rate": 0.01,
+            "max_records_per_unit": 4, "expected_units": 64, "max_heldout_records": 100, "rate": 0.02,
             "l2_clip_norm": 0.15, "evaluate_every": 1, "round_seconds": 1800.0,
         }  # fmt: skip
         return Terms(**(values | changes))

@@ -65,7 +65,7 @@ def test_every_organisation_holds_out_a_unit_and_trains_on_one(tmp_path: Path, m
 def test_columns_are_mapped_by_file(tmp_path: Path, make_terms: Any) -> None:
     write(tmp_path, "a", 5)
     write(tmp_path, "b", 5, question="subject", answer="body")
-    with pytest.raises(DataError, match="b.jsonl"):
+    with pytest.raises(DataError, match=r"b\.jsonl"):
         plan_data(tmp_path, ["topic"], [], BASE, make_terms())
     plan = plan_data(tmp_path, ["topic"], ["b:question=subject,answer=body"], BASE, make_terms())
     assert [one.columns for one in plan.organisations] == [{}, {"question": "subject", "answer": "body"}]
@@ -130,7 +130,7 @@ def test_without_privacy_the_charter_promises_nothing_and_says_its_seed(tmp_path
 
 
 def test_an_unknown_domain_is_refused(tmp_path: Path, make_terms: Any) -> None:
-    with pytest.raises(UsageError, match="legal or medical|medical or legal"):
+    with pytest.raises(UsageError, match="cooking"):
         plan_invented(tmp_path, "cooking", make_terms())
 
 

@@ -35,7 +35,7 @@ def view(league: Any) -> OrgView:
         max_tokens=256,
         max_records_per_unit=4,
         max_rounds=4,
-        max_rate=0.01,
+        max_rate=0.02,
         max_rank=4,
         min_survivors=3,
     )
@@ -157,7 +157,7 @@ def test_step_8_adapter_as_we_compute_it(league: Any, charter: Charter, view: Or
         ({"max_tokens": 255}, "max_tokens"),
         ({"max_records_per_unit": 3}, "max_records_per_unit"),
         ({"max_rounds": 3}, "rounds"),
-        ({"max_rate": 0.009}, "rate"),
+        ({"max_rate": 0.019}, "rate"),
         ({"max_rank": 3}, "rank"),
         ({"namespaces": {}}, "purpose"),
         ({"evaluation": frozenset()}, "evaluation"),

@@ -18,8 +18,8 @@ import pytest
 from cryptography import x509
 from foedus_protocols import channel
 from foedus_protocols.certificates import CertificateAuthority
-from foedus_protocols.channel import TlsFiles
-from foedus_protocols.errors import ConfigError, ConnectError, StateError, VerificationError
+from foedus_protocols.channel import TlsFiles, TransientError
+from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
 from foedus_protocols.identity import public_hex
 from foedus_protocols.link import LinkClient, LinkServer, serve_link
 from foedus_protocols.receipt import Receipt, open_receipt, sign_receipt
@@ -535,6 +535,37 @@ def test_a_pull_checks_and_resumes(client, coordinator, vector, tmp_path):
     down = client.bytes_down
     client.pull(DIGEST, store)
     assert client.bytes_down == down
+    with pytest.raises(VerificationError, match="longer"):
+        client.pull(DIGEST, store, max_bytes=len(DATA) - 1)
+
+
+def test_a_transfer_ends_as_a_broken_one_when_its_link_is_closed(client, coordinator, vector):
+    """Never as an error of the transfer: the daemon would answer without its vector."""
+    begun = threading.Event()
+
+    def slow(part: Part) -> Part:
+        begun.set()
+        time.sleep(1.0)
+        return part
+
+    coordinator.wrap = slow
+    ended: list[Exception] = []
+
+    def push() -> None:
+        try:
+            client.push(vector, DIGEST, CONTEXT)
+        except FoedusError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    assert begun.wait(10)
+    client.close()
+    thread.join(5)
+    assert [type(error) for error in ended] == [TransientError]
+    with pytest.raises(ConnectError, match="closed"):
+        client.push(vector, DIGEST, CONTEXT)
+    client.close()
 
 
 def test_a_pull_over_a_damaged_part_starts_again_once(client, coordinator, vector, tmp_path):
