@@ -142,6 +142,17 @@ class Session:
         self._adapter.load_vector(vector)
 
     def _terms(self, task: StepTermsTask) -> StepTerms:
+        """The step's terms.
+
+        Raises:
+            PrivacyCheckFailed: They call themselves private and name no noise or a seed, or noise and not private.
+        """
+        noised = task.noise_multiplier > 0.0
+        if task.private != noised or (task.private and task.seed is not None):
+            raise PrivacyCheckFailed(
+                f"expected noise and no seed exactly where a step is private, got private {task.private}, "
+                f"noise multiplier {task.noise_multiplier}, {'a' if task.seed is not None else 'no'} seed"
+            )
         return StepTerms(
             l2_clip_norm=task.l2_clip_norm,
             noise_multiplier=task.noise_multiplier,

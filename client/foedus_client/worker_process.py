@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess  # nosec B404: starts this program's own module, no shell
+import subprocess  # nosec B404
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -149,7 +149,8 @@ class WorkerProcess:
         }
         stderr = None if self._stderr is None else self._stderr.open("ab")
         try:
-            self._process = subprocess.Popen(  # nosec B603: fixed module of this program
+            # This program's own module, without a shell.
+            self._process = subprocess.Popen(  # nosec B603
                 [*self._command, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

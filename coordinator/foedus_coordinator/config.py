@@ -257,5 +257,6 @@ def default_listen(address: str) -> str:
     try:
         parsed: Any = ip_address(address)
     except ValueError:
-        return "0.0.0.0"  # nosec B104  # A DNS name says nothing about local interfaces; the setting is in the file.
+        # A DNS name says nothing about local interfaces; the setting is in the file.
+        return "0.0.0.0"  # nosec B104
     return address if parsed.is_loopback else "0.0.0.0"  # nosec B104

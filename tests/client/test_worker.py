@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
-from foedus_protocols.errors import CheckpointError, DataError
+from foedus_protocols.errors import CheckpointError, DataError, PrivacyCheckFailed
 from foedus_protocols.layout import attention_layout, initial_vector
 from foedus_protocols.manifest import read_config, read_manifest
 
@@ -114,6 +115,18 @@ def test_without_privacy_a_step_is_a_function_of_seed_org_and_round(
     assert step() == first
     assert step(number=2) != first
     assert step(org="birke") != first
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.0}, {"seed": 3}, {"private": False}], ids=["no noise", "a seed", "noise unsaid"]
+)
+def test_terms_that_contradict_themselves_train_nothing(
+    worker: WorkerProcess, setup: Setup, folder: Path, change: dict[str, Any]
+) -> None:
+    (folder / "vector.f32").unlink(missing_ok=True)
+    with pytest.raises(PrivacyCheckFailed, match="exactly where a step is private"):
+        worker.train(setup, _train(folder, PRIVATE.model_copy(update=change)), _nothing)
+    assert not (folder / "vector.f32").exists()
 
 
 def test_scores_are_of_held_out_units(worker: WorkerProcess, setup: Setup, folder: Path) -> None:
