@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from foedus_client import policy
 from foedus_client.cli_charter import charter_app
+from foedus_client.cli_privacy import privacy_app
 from foedus_client.cli_status import status_of, status_table
 from foedus_client.config import HOME_VARIABLE, find_home
 from foedus_client.logs import log_to_stderr
@@ -29,6 +30,7 @@ base_app = typer.Typer(no_args_is_help=True, help="Allow base models.")
 app.add_typer(data_app, name="data")
 app.add_typer(base_app, name="base")
 app.add_typer(charter_app, name="charter")
+app.add_typer(privacy_app, name="privacy")
 
 T = TypeVar("T")
 
