@@ -76,7 +76,7 @@ class Optimiser(Terms):
 
     name: Literal["adam", "sgd", "adambc"] = "adam"
     rate: Positive = 0.02
-    beta1: Moment = 0.9
+    beta1: Moment = 0.0
     beta2: Moment = 0.99
     epsilon: Positive = 1e-8
     momentum: Moment = 0.0
