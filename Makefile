@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch alone and by version: so pip takes a CPU build where one is offered.
 	$(BIN)/pip install --quiet 'torch==2.13.0'
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[client,coordinator,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[client,coordinator,simulation,dev]'
 	touch $(STAMP)
 
 demo: setup      ## run the main job: three organisations train one adapter privately on invented text

@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foedus_protocols.errors import StateError
-from sqlalchemy import Connection, Engine, Row, create_engine, event, inspect, select, text
+from sqlalchemy import Connection, Engine, Row, create_engine, event, func, inspect, select, text
 from sqlalchemy.engine import make_url
 
 from foedus_coordinator.figures import count_bytes, publish
 from foedus_coordinator.tables import participants, rounds, runs, vectors
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_SECONDS = 30
 
 RunState = Literal["agreeing", "running", "closing", "finished"]
 RoundState = Literal["offered", "frozen", "summed", "advanced", "closed", "failed"]
 Verdict = Literal["included", "late"]
+Wish = Literal["pause", "stop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,10 @@ class RunRow:
     variant: str | None
     created: float
     finished: float | None
+    wish: Wish | None
+    wish_reason: str | None
+    extends: str | None
+    released_after: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,7 @@ class VectorRow:
     verdict: Verdict
     receipt: bytes
     erased: int
+    number: int | None
 
 
 class Storage:
@@ -298,8 +304,10 @@ class Storage:
             ).scalar_one()
             verdict: Verdict = "included" if state == "offered" else "late"
             signed = receipt(verdict)
+            last = connection.execute(select(func.max(vectors.c.number)).where(vectors.c.org == org)).scalar()
             connection.execute(
                 vectors.insert().values(
+                    number=(last or 0) + 1,
                     run=run,
                     round=number,
                     org=org,

@@ -60,6 +60,24 @@ nodes = Table(
     Column("node_id", Integer, primary_key=True, autoincrement=True),
     Column("org", String(63), nullable=False, unique=True),
     Column("last_seen", Float),
+    # What its last hello said: the protocol as "major.minor", the program's version, and the fingerprints of the CAs
+    # that it trusts (JSON).
+    Column("protocol", String(16)),
+    Column("version", String(32)),
+    Column("authorities", Text),
+)
+# Every certificate that was issued to a member. One that is not here, or is revoked, opens nothing.
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", String(40), primary_key=True),
+    Column("org", String(63), nullable=False),
+    Column("signing_key", String(64), nullable=False),
+    Column("issuer", String(64), nullable=False),
+    Column("issued", Float, nullable=False),
+    Column("expires", Float, nullable=False),
+    Column("revoked_at", Float),
+    Index("certificates_org", "org"),
 )
 
 # Control messages out, and the one answer to each.
@@ -98,6 +116,11 @@ runs = Table(
     Column("variant", Text),
     Column("created", Float, nullable=False),
     Column("finished", Float),
+    # What the operator asked for ("pause" or "stop") and why; the run's thread acts on it.
+    Column("wish", String(16)),
+    Column("wish_reason", Text),
+    Column("extends", String(128)),  # The run that this one continues.
+    Column("released_after", Integer),  # After how many closed rounds the released adapter stands.
 )
 rounds = Table(
     "rounds",
@@ -126,7 +149,9 @@ vectors = Table(
     Column("verdict", String(16), nullable=False),
     Column("receipt", LargeBinary, nullable=False),
     Column("erased", Integer, nullable=False),
+    Column("number", Integer),  # Counts an organisation's receipts from 1, over all runs.
     Index("vectors_digest", "digest"),
+    Index("vectors_number", "org", "number", unique=True),
 )
 
 # What the card and the table at the end are made of. `after` counts closed rounds: 0 is the starting adapter.
