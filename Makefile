@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test e2e lint types contracts security check bench study proto clean help
+.PHONY: setup demo test e2e lint types contracts security check bench chaos study slow-link fuzz proto clean help
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -46,11 +46,22 @@ security: setup  ## bandit
 
 check: lint types contracts security  ## everything static
 
-bench: setup     ## the private step beside its peers, on this CPU
-	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(BENCH_FLAGS)
+bench: setup     ## rounds beside Flower's SuperLink (BENCH_FLAGS="--repeats 3"), then the private step beside its peers
+	$(BIN)/python tests/bench/rounds.py $(BENCH_FLAGS)
+	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
+
+chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost
+	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))
 
 study: setup     ## real text, three seeds, with and without privacy (DATA=folder with medical/ and legal/)
 	$(BIN)/python tests/bench/study.py --data $(or $(DATA),../shared/data) $(STUDY_FLAGS)
+
+slow-link: setup ## transfers and a whole run over 20 Mbit/s, 200 ms and 1 % loss (as root: lines of packets), and idle lines
+	PYTHONPATH=tests $(BIN)/python tests/net/slow_link.py $(SLOW_LINK_FLAGS)
+	$(BIN)/pytest -m slow tests/net
+
+fuzz: setup      ## every parser of bytes from outside, SECONDS=600 each (SEED=number, JOBS=2 at once)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --jobs $(or $(JOBS),2) $(if $(SEED),--seed $(SEED)) $(FUZZ_FLAGS)
 
 proto: setup     ## regenerate the gRPC code
 	cd protocols && ../$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. foedus_protocols/v1/*.proto

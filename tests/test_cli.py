@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 
 import click
 import pytest
 from foedus_protocols.cli import SUMMARIES, main, root
+from foedus_protocols.files import DiskTrouble
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ("foedus",)) -> Iterator[tuple[str, click.Command]]:
@@ -85,14 +87,26 @@ def test_the_demos_defaults_are_the_documented_ones() -> None:
     assert {name: defaults[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (PermissionError(13, "Permission denied", "/srv/foedus"), 12, "/srv/foedus, got: Permission denied"),
+        (OSError(28, "No space left on device", "/srv/foedus"), 12, "free some space"),
+        (ConnectionResetError(104, "Connection reset by peer"), 1, "Connection reset by peer"),
+        (sqlite3.OperationalError("database is locked"), 12, "database is locked"),
+        (DiskTrouble("expected room, got none"), 12, "expected room, got none"),
+    ],
+)
 def test_trouble_of_the_operating_system_is_one_line_and_a_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int, says: str
 ) -> None:
     def refused(**_: object) -> None:
-        raise PermissionError(13, "Permission denied", "/srv/foedus")
+        raise error
 
     monkeypatch.setattr(root, "main", refused)
     with pytest.raises(SystemExit) as left:
         main(["coordinator", "status"])
-    assert left.value.code == 1
-    assert capsys.readouterr().err == "error: expected to be able to use /srv/foedus, got: Permission denied\n"
+    assert left.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: expected")
+    assert says in line

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from foedus_protocols import accounting
 from foedus_protocols.accounting import Event
@@ -42,9 +42,29 @@ class Judgement(NamedTuple):
     filter_order: float | None
 
 
+class Charge(Protocol):
+    """Something that counts against a namespace's budget: a charter's allotment, or what a person stated."""
+
+    delta_slack: float
+    cap: float
+    filter_order: float | None
+    spent: list[Event]
+
+    def charged(self) -> Sequence[Event]:
+        """What counts against the budget."""
+
+
 @dataclass(kw_only=True)
 class Allotment:
-    """One charter's share of a namespace, as its entries tell it."""
+    """One charter's share of a namespace, as its entries tell it.
+
+    Attributes:
+        details: Public facts of the charter, as they were written down at admission.
+        expired: It was taken to be over because its time has passed, and no entry says so yet.
+        abandoned: The ledger was found to be an older copy while this charter was open: words of it may have left that
+            no entry tells of. Everything allotted counts until the next order's round was charged.
+        restored: How many reservations were written down afterwards, from receipts or as abandoned.
+    """
 
     admission: Admission
     events: tuple[Event, ...]
@@ -52,35 +72,101 @@ class Allotment:
     cap: float
     filter_order: float | None
     expires: int
+    details: Mapping[str, Any]
     open: bool = True
+    expired: bool = False
+    abandoned: bool = False
+    restored: int = 0
     spent: list[Event] = field(default_factory=list)
     reservations: dict[tuple[str, int], Entry] = field(default_factory=dict)
     commits: dict[tuple[str, int], Entry] = field(default_factory=dict)
 
     def charged(self) -> Sequence[Event]:
-        """What counts against the budget: all that was allotted while open, only what was spent afterwards."""
+        """All that was allotted while open, only what was spent afterwards."""
         return self.events if self.open else self.spent
 
+    def close(self) -> None:
+        """It is over. Where words may have left unseen, all that was allotted stays spent."""
+        self.open = False
+        if self.abandoned:
+            self.spent = list(self.events)
 
-def fold(entries: Iterable[Entry]) -> dict[str, Allotment]:
-    """The allotments of a chain by charter, in order of admission."""
-    known: dict[str, Allotment] = {}
+    @property
+    def run(self) -> str | None:
+        """The run of the reservations; None before the first."""
+        return next((run for run, _ in self.reservations), None)
+
+
+@dataclass(kw_only=True)
+class Statement:
+    """What a person said that the namespace had spent where no ledger tells it, and the runs that this covers."""
+
+    spent: list[Event]
+    delta_slack: float
+    cap: float
+    filter_order: float | None
+    runs: frozenset[str]
+
+    def charged(self) -> Sequence[Event]:
+        """All of it, for ever."""
+        return self.spent
+
+
+@dataclass(kw_only=True)
+class Account:
+    """A namespace, folded from its chain: allotments by charter in order of admission, and statements."""
+
+    unit: str = ""
+    allotments: dict[str, Allotment] = field(default_factory=dict)
+    statements: list[Statement] = field(default_factory=list)
+    charges: list[Charge] = field(default_factory=list)
+
+    @property
+    def stated_runs(self) -> frozenset[str]:
+        """The runs that some statement covers."""
+        return frozenset[str]().union(*(one.runs for one in self.statements))
+
+
+def fold(entries: Iterable[Entry]) -> Account:
+    """What a chain says."""
+    account = Account()
+    known = account.allotments
     for entry in entries:
-        if entry.charter is None:
-            continue
-        if entry.kind == "allot":
-            known[entry.charter] = _allotment(entry)
-        elif entry.kind == "release":
-            known[entry.charter].open = False
-        elif entry.run is not None and entry.round is not None:
-            key = (entry.run, entry.round)
-            if entry.kind == "commit":
-                known[entry.charter].commits[key] = entry
+        if entry.kind == "open":
+            account.unit = entry.body["unit"]
+        elif entry.kind == "state":
+            account.statements.append(_statement(entry))
+            account.charges.append(account.statements[-1])
+        elif entry.charter is not None:
+            if entry.kind == "allot":
+                # A charter that was left unspent and signed again keeps one share, at its later place.
+                account.charges = [one for one in account.charges if one is not known.get(entry.charter)]
+                known[entry.charter] = _allotment(entry)
+                account.charges.append(known[entry.charter])
             else:
-                known[entry.charter].reservations[key] = entry
-                if entry.body["event"] is not None:
-                    known[entry.charter].spent.append(_event(entry.body["event"]))
-    return known
+                _apply(entry, known[entry.charter])
+    return account
+
+
+def _apply(entry: Entry, allotment: Allotment) -> None:
+    """What a later entry about a charter does to its allotment."""
+    if entry.kind == "release":
+        allotment.close()
+    elif entry.kind == "abandon":
+        allotment.abandoned = True
+    elif entry.run is not None and entry.round is not None:
+        key = (entry.run, entry.round)
+        if entry.kind == "commit":
+            allotment.commits[key] = entry
+            return
+        allotment.reservations[key] = entry
+        allotment.restored += bool(entry.body.get("restored"))
+        if allotment.abandoned and not allotment.open:
+            return  # All of it is spent already.
+        if entry.body["words"] is None:
+            allotment.abandoned = False
+        if entry.body["event"] is not None:
+            allotment.spent.append(event_of(entry.body["event"]))
 
 
 def admission(entry: Entry) -> Admission:
@@ -103,14 +189,17 @@ def merge_events(events: Iterable[Event]) -> tuple[Event, ...]:
 
 
 def judge(
-    earlier: Iterable[Allotment], events: Sequence[Event], *, delta: float, delta_slack: float, cap: float
+    earlier: Iterable[Charge], events: Sequence[Event], *, delta: float, delta_slack: float, cap: float
 ) -> Judgement:
     """What one more charter with these events would bring the namespace to.
 
     Guarantees:
         The first charter was fixed before anything was released and is judged by PLD, which needs just that. Later ones
-        are chosen in the light of earlier results and are judged by a Rényi filter over all events, at the one order
-        that the first charter fixed. Slack of the noise tables, all of it at `cap`, is taken off `delta` first.
+        are chosen in the light of earlier results and are judged by a Rényi filter over all events, at one order: that
+        of the first charge that counts. A first charter fixed it before anything was released; a statement by the
+        constants of the policy alone (`stated_order`). After a statement of spent events no charter is a first one:
+        nobody knows in the light of what it was chosen. Slack of the noise tables, all of it at `cap`, is taken off
+        `delta` first.
     """
     if not events:
         return Judgement(0.0, "none", None)
@@ -126,13 +215,27 @@ def judge(
     return Judgement(epsilon, "pld", order)
 
 
-def epsilon_of_spent(allotments: Iterable[Allotment], delta: float) -> float:
-    """The epsilon at `delta` of everything reserved: by PLD for one charter, by the Rényi filter for several."""
-    parts = [one for one in allotments if one.spent]
+def stated_order(cap: float, delta: float) -> float:
+    """The Rényi order at which a namespace whose first spending was stated is judged from then on.
+
+    The best order for a plain Gaussian mechanism that costs exactly (cap, delta): with RDP rho x order its epsilon at
+    an order is rho x order + log(1/delta) / (order - 1), least at 1 + sqrt(log(1/delta) / rho).
+
+    Guarantees:
+        A function of the policy's two constants and of nothing that was released, stated or chosen later, which is what
+        the filter asks of its order (`accounting.epsilon_rdp`). Which order it is can only cost budget, never privacy.
+    """
+    log = math.log(1.0 / delta)
+    return 1.0 + math.sqrt(log) / (math.sqrt(log + cap) - math.sqrt(log))
+
+
+def epsilon_of_spent(charges: Iterable[Charge], delta: float) -> float:
+    """The epsilon at `delta` of everything spent: by PLD for one charter alone, by the Rényi filter otherwise."""
+    parts = [one for one in charges if one.spent]
     if not parts:
         return 0.0
     left = less_slack(delta, _slack(parts, max(one.cap for one in parts)))
-    if len(parts) == 1:
+    if len(parts) == 1 and isinstance(parts[0], Allotment):
         return accounting.epsilon(parts[0].spent, left)
     return accounting.epsilon_rdp([event for one in parts for event in one.spent], left, order=parts[0].filter_order)
 
@@ -156,7 +259,7 @@ def require_covered(allotment: Allotment, event: Event | None) -> None:
         )
 
 
-def _slack(allotments: Iterable[Allotment], cap: float) -> float:
+def _slack(allotments: Iterable[Charge], cap: float) -> float:
     """What the noise tables of some charters cost at one cap; each was admitted at the cap of its day."""
     return sum(one.delta_slack * (1.0 + math.exp(cap)) / (1.0 + math.exp(one.cap)) for one in allotments)
 
@@ -169,16 +272,27 @@ def _steps(events: Iterable[Event], like: Event) -> int:
 def _allotment(entry: Entry) -> Allotment:
     return Allotment(
         admission=admission(entry),
-        events=tuple(_event(event) for event in entry.body["events"]),
+        events=tuple(event_of(event) for event in entry.body["events"]),
         delta_slack=float(entry.body["delta_slack"]),
         cap=float(entry.body["cap"]),
         filter_order=entry.body["filter_order"],
         expires=int(entry.body["expires"]),
+        details=entry.body["details"],
     )
 
 
-def _event(value: Mapping[str, Any]) -> Event:
-    # Canonical JSON writes 1.0 as 1, so that the types must be restored.
+def _statement(entry: Entry) -> Statement:
+    return Statement(
+        spent=[event_of(event) for event in entry.body["events"]],
+        delta_slack=float(entry.body["delta_slack"]),
+        cap=float(entry.body["cap"]),
+        filter_order=float(entry.body["filter_order"]),
+        runs=frozenset(entry.body["runs"]),
+    )
+
+
+def event_of(value: Mapping[str, Any]) -> Event:
+    """An event as an entry holds it. Canonical JSON writes 1.0 as 1, so that the types must be restored."""
     return Event(
         noise_multiplier=float(value["noise_multiplier"]),
         sampling_prob=float(value["sampling_prob"]),

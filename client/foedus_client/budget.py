@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from foedus_protocols.charter import Charter, Participant, charter_events, noise_slack, round_event, sign_charter
 from foedus_protocols.charter_checks import Limits, Stage, UnitNamespace
 
+from foedus_client.allotments import Judgement
 from foedus_client.ledger import Admission, Ledger
 
 
@@ -27,17 +28,31 @@ def budget_check(ledger: Ledger, limits: Limits, stage: Stage) -> Callable[[Char
         if stage == "round":
             ledger.require_allotted(namespace.name, charter.digest, round_event(charter, mine))
             return
-        ledger.open_namespace(namespace.name, unit=namespace.unit)
-        ledger.require_fits(
-            namespace.name,
-            charter.digest,
-            charter_events(charter, mine),
-            namespace.delta,
-            namespace.epsilon_cap,
-            delta_slack=_slack(charter, mine, namespace),
-        )
+        expected_epsilon(ledger, limits, charter, mine.id)
 
     return check
+
+
+def expected_epsilon(ledger: Ledger, limits: Limits, charter: Charter, org: str) -> Judgement:
+    """What the namespace would reach with this charter; of one that holds an allotment, what its admission said.
+
+    It writes nothing but the chain of a namespace that has none.
+
+    Raises:
+        BudgetExhausted: The cap would be passed.
+        VerificationError: The charter does not name us, or its noise tables' slack leaves nothing of delta.
+    """
+    mine = charter.participant(org)
+    namespace = limits.namespaces[charter.purpose]
+    ledger.open_namespace(namespace.name, unit=namespace.unit)
+    return ledger.require_fits(
+        namespace.name,
+        charter.digest,
+        charter_events(charter, mine),
+        namespace.delta,
+        namespace.epsilon_cap,
+        delta_slack=_slack(charter, mine, namespace),
+    )
 
 
 def admit_charter(

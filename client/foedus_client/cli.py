@@ -12,15 +12,18 @@ import typer
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
 from foedus_protocols.identity import human_fingerprint, parse_fingerprint
+from foedus_protocols.logs import LogFormat, LogFormatOption, setup
 from foedus_protocols.manifest import read_manifest
+from foedus_protocols.proxy import require_no_credentials
 from rich.markup import escape
 
 from foedus_client import policy
 from foedus_client.cli_charter import charter_app
+from foedus_client.cli_check import check
+from foedus_client.cli_life import health, leave, pause, resume
 from foedus_client.cli_privacy import privacy_app
 from foedus_client.cli_status import status_of, status_table
 from foedus_client.config import HOME_VARIABLE, find_home
-from foedus_client.logs import log_to_stderr
 
 app = typer.Typer(
     no_args_is_help=True, help="An organisation's side: keys, policy, budget, and the daemon that trains."
@@ -53,7 +56,15 @@ def join(
     ] = None,
     token_stdin: Annotated[bool, typer.Option("--token-stdin", help="Read the token from standard input.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the request is approved.")] = True,
-    proxy: Annotated[str | None, typer.Option("--proxy", help="http://HOST:PORT to dial through.")] = None,
+    proxy: Annotated[
+        str | None, typer.Option("--proxy", help="http://HOST:PORT to dial through; default: HTTPS_PROXY and NO_PROXY.")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Enrol this home anew, with a new invitation: ledger and policy stay.")
+    ] = False,
+    keep_signing_key: Annotated[
+        bool, typer.Option("--keep-signing-key", help="With --again: only the certificate ran out.")
+    ] = False,
     home: HomeOption = None,
     output: FormatOption = Format.text,
 ) -> None:
@@ -63,10 +74,18 @@ def join(
     """
     from foedus_client import join as joining
 
+    if proxy is not None:
+        require_no_credentials(proxy)
     place = find_home(home)
-    config = joining.configure(place, coordinator=coordinator, org=org, ca_fingerprint=ca_fingerprint, proxy=proxy)
+    given = {"coordinator": coordinator, "org": org, "ca_fingerprint": ca_fingerprint, "proxy": proxy}
+    token = _token(token_file, token_stdin) if again else None  # Before anything is put aside.
+    if again:
+        config = joining.start_again(place, **given, keep_signing_key=keep_signing_key)
+    else:
+        config = joining.configure(place, **given)
     joining.prepare(place, config)
-    token = _token(token_file, token_stdin) if joining.needs_token(config) else None
+    if token is None and joining.needs_token(config):
+        token = _token(token_file, token_stdin)
     result = joining.join(
         place, config, token=token, wait=wait, say=lambda text: progress_console.print(escape(text), highlight=False)
     )
@@ -199,13 +218,15 @@ def peers(
 
 
 @app.command()
-def up(home: HomeOption = None, output: FormatOption = Format.text) -> None:
+def up(
+    log_format: LogFormatOption = LogFormat.text, home: HomeOption = None, output: FormatOption = Format.text
+) -> None:
     """Be the organisation's daemon: dial the coordinator, sign by policy, train when asked. Ctrl-C ends it."""
     from foedus_client.daemon import run
 
     place = find_home(home)
     stop = threading.Event()
-    log_to_stderr()
+    setup(log_format)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
     run(place, stop)
@@ -217,6 +238,10 @@ def status(home: HomeOption = None, output: FormatOption = Format.text) -> None:
     """Show certificate, daemon, budgets, charters and what left lately. Nothing of it is sent."""
     found = status_of(find_home(home))
     emit(found, output, lambda console: status_table(found, console))
+
+
+for _command in (check, health, pause, resume, leave):
+    app.command()(_command)
 
 
 def _token(file: Path | None, stdin: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,11 @@ from foedus_protocols.store import FileStore
 from rich.console import Console
 from rich.table import Table
 
-from foedus_client import policy
+from foedus_client import policy, replay
 from foedus_client.config import HOME_VARIABLE, Home, find_home
-from foedus_client.ledger import Ledger
 from foedus_client.membership import org_view, remembered
+from foedus_client.receipts import open_ledger
+from foedus_client.seat import Sources
 from foedus_client.state import CharterRecord, ClientState
 
 charter_app = typer.Typer(no_args_is_help=True, help="The terms of runs: list, read, approve, refuse.")
@@ -91,15 +93,19 @@ def _decide(digest: str, home: Path | None, output: Format, *, approve: bool, re
 def _check(place: Home, state: ClientState, record: CharterRecord) -> None:
     """The daemon's checks before signing, so that a person hears at once what stands against it."""
     store = FileStore(place.files)
+    us = place.membership()
+    # The daemon has fetched what an extension goes on from, and kept where it leads, before it asked a person.
+    sources = Sources(state=state, store=store, pull=lambda digest, _most: store.path(digest), work=place.work)
     view = org_view(
-        place.membership(),
+        us,
         policy=policy.load(place.policy),
-        ledger=Ledger(place.ledger),
-        rosters=remembered(state, lambda digest, _most: store.path(digest)),
+        ledger=open_ledger(place.ledger, state),
+        rosters=remembered(state, sources.pull),
         signing_key=load_signing_key(place.signing_key),
         stage="sign",
         now=time.time(),
     )
+    view = replace(view, earlier=lambda charter: replay.earlier(charter, us.org, sources))
     data = store.path(record.digest).read_bytes()
     check_charter(data, record.digest, record.operator_signature, view, stage="sign")
 
@@ -152,9 +158,16 @@ def _render(charter: Charter, record: CharterRecord, org: str, console: Console)
         "noise": f"multiplier {mine.noise_multiplier:g}, clip {privacy.l2_clip_norm:g}, our weight {mine.weight:.4g}",
         "evaluation": scores,
         "masks": "off: the coordinator sees each organisation's noised vector",
-        "arrival": "a vector leaves when it is ready, which tells the size of the sample",
-        "release": charter.release.recipients,
+        "arrival": (
+            f"a vector leaves at the next multiple of {slot:g} s"
+            if (slot := charter.schedule.vector_slot_seconds)
+            else "a vector leaves when it is ready, which tells the size of the sample"
+        ),
+        "release": charter.release.recipients
+        + ("; of the adapters that were scored, the best" if charter.release.adapter == "best" else ""),
     }
+    if (extends := charter.extends) is not None:
+        rows["extends"] = f"run {extends.run}: {extends.rounds_spent} rounds before, which the promise includes"
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
         table.add_row(name, printable(value))

@@ -1,4 +1,4 @@
-"""``foedus client privacy``: what may still be done with a budget, before anybody drafts a charter."""
+"""``foedus client privacy``: what may still be done with a budget before anybody drafts a charter, and the ledger."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import typer
 from foedus_protocols import accounting
 from foedus_protocols.console import Format, FormatOption, emit
 
-privacy_app = typer.Typer(no_args_is_help=True, help="Budgets: what a run would cost.")
+from foedus_client.cli_ledger import ledger_app
+
+privacy_app = typer.Typer(no_args_is_help=True, help="Budgets: what a run would cost, and what was spent.")
+privacy_app.add_typer(ledger_app, name="ledger")
 
 
 @privacy_app.callback()
 def _privacy() -> None:
-    """Budgets: what a run would cost."""
+    """Budgets: what a run would cost, and what was spent."""
 
 
 @privacy_app.command()

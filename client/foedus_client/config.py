@@ -15,14 +15,15 @@ import json
 import os
 import secrets
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from foedus_protocols.channel import TlsFiles
+from foedus_protocols.channel import TlsFiles, split_address
 from foedus_protocols.errors import ConfigError, StateError
-from foedus_protocols.files import write_durably
+from foedus_protocols.files import disk_errors, write_durably
 from foedus_protocols.messages import OrgId
+from foedus_protocols.proxy import choose
 from pydantic import BaseModel, ConfigDict, Field
 
 HOME_VARIABLE = "FOEDUS_CLIENT_HOME"
@@ -40,7 +41,8 @@ class ClientConfig(BaseModel):
         federation: Known once the request is approved, as are the two below.
         operator_key: The operator's public signing key.
         link: ``HOST:PORT`` of the coordinator's link port.
-        proxy: ``http://HOST:PORT`` to dial through; environment variables are not looked at.
+        proxy: ``http://[USER:PASSWORD@]HOST:PORT`` to dial through; the environment is asked where there is none
+            (`foedus_protocols.proxy`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,13 +64,17 @@ class ClientConfig(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """A joined organisation's coordinates: the part of the configuration that is known after approval."""
+    """A joined organisation's coordinates: the part of the configuration that is known after approval.
+
+    Attributes:
+        proxy: The URL of the proxy to dial the link through, as it was chosen; it may hold a password.
+    """
 
     org: str
     federation: str
     operator_key: str
     link: str
-    proxy: str | None
+    proxy: str | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,9 @@ class Home:
 
     def make(self) -> None:
         """Make the folders, readable by their owner alone."""
-        for folder in (self.root, self.keys, self.files, self.work):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with disk_errors(self.root):
+            for folder in (self.root, self.keys, self.files, self.work):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def load(self) -> ClientConfig:
         """Read ``client.toml``.
@@ -148,15 +155,18 @@ class Home:
         Raises:
             StateError: There is none: nobody has joined from here.
             ConfigError: It is malformed.
+            DiskTrouble: It cannot be read.
         """
         try:
-            return ClientConfig.model_validate(tomllib.loads(self.config.read_text(encoding="utf-8")))
+            with disk_errors(self.config):
+                text = self.config.read_text(encoding="utf-8")
+            return ClientConfig.model_validate(tomllib.loads(text))
         except FileNotFoundError as error:
             raise StateError(
                 f"expected an organisation's home in {self.root}, found no client.toml; "
                 "run `foedus client join` first, or name the home with --home"
             ) from error
-        except (ValueError, OSError) as error:  # Not UTF-8, not TOML, or another shape.
+        except (ValueError, RecursionError, OSError) as error:  # Not UTF-8, not TOML, or another shape.
             raise ConfigError(f"expected a readable client.toml in {self.root}, got: {type(error).__name__}") from error
 
     def save(self, config: ClientConfig) -> None:
@@ -168,6 +178,7 @@ class Home:
 
         Raises:
             StateError: Not joined, or not approved yet.
+            ConfigError: The link's address or the proxy is malformed.
         """
         config = self.load()
         if config.federation is None or config.operator_key is None or config.link is None:
@@ -175,12 +186,13 @@ class Home:
                 f"expected {config.org} to be approved, its request still waits; "
                 "run `foedus client join` again after the coordinator's administrator approved it"
             )
+        proxy = choose(config.proxy, split_address(config.link)[0])
         return Membership(
             org=config.org,
             federation=config.federation,
             operator_key=config.operator_key,
             link=config.link,
-            proxy=config.proxy,
+            proxy=None if proxy is None else proxy.url,
         )
 
     def split_key(self, namespace: str) -> str:

@@ -2,7 +2,8 @@
 
 One loop: poll, open the envelope, act, pass the gate, deliver. Each message is answered once; the answer is on disk
 before it leaves, and leaves again as it is when the message comes again. A broken line is not an error: the loop
-dials again, with patience and jitter. Nothing listens here.
+dials again, with patience and jitter. Nor is a full disk: the loop says so once, and tries again. A message that cannot
+be answered is put aside while others go on. Nothing listens here.
 """
 
 from __future__ import annotations
@@ -14,55 +15,32 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from foedus_protocols.charter import MAX_CHARTER_BYTES, Charter, Participant
-from foedus_protocols.charter_checks import OrgView, Stage, check_charter
-from foedus_protocols.console import printable
+from foedus_protocols.channel import split_address
 from foedus_protocols.envelope import Envelope, open_envelope, seal
-from foedus_protocols.errors import (
-    CheckpointError,
-    ConfigError,
-    ConnectError,
-    DataError,
-    FoedusError,
-    PolicyRefused,
-    PrivacyCheckFailed,
-    RoundFailed,
-    StateError,
-    UsageError,
-    VerificationError,
-)
+from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
+from foedus_protocols.files import DiskTrouble, disk_trouble
 from foedus_protocols.identity import COORDINATOR, load_signing_key
 from foedus_protocols.link_client import LinkClient
-from foedus_protocols.messages import (
-    AdvanceOrder,
-    Agreement,
-    Body,
-    CharterOffer,
-    CloseAnswer,
-    CloseNotice,
-    EvaluateAnswer,
-    EvaluateOrder,
-    TrainAnswer,
-    TrainOrder,
-)
-from foedus_protocols.roster import Roster
+from foedus_protocols.logs import frames_of
+from foedus_protocols.proxy import choose
 from foedus_protocols.store import FileStore
 
-from foedus_client import offers, policy
-from foedus_client import round as rounds
+from foedus_client import policy
+from foedus_client.answers import Answer, Answers
+from foedus_client.clock import Clock
 from foedus_client.config import Home, Membership
-from foedus_client.gate import Gate, Permit
-from foedus_client.ledger import Ledger
+from foedus_client.gate import Gate
+from foedus_client.greeting import Greeter, greet
+from foedus_client.later import Later
+from foedus_client.life import Heartbeat
 from foedus_client.lock import HomeLock
-from foedus_client.membership import org_view, read_hello, update_rosters
-from foedus_client.offers import OfferDesk
-from foedus_client.seat import Ports, Seat, take_seat
-from foedus_client.state import CharterRecord, ClientState
+from foedus_client.receipts import open_ledger
+from foedus_client.seat import Ports
+from foedus_client.slots import Held
+from foedus_client.state import ClientState
 from foedus_client.work import WorkerPort
 from foedus_client.worker_process import WorkerProcess
 
@@ -72,12 +50,14 @@ POLL_SECONDS = 15.0
 HELLO_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 STOP_SECONDS = 0.5
-_REASON_CHARACTERS = 500
-MAX_SKEW_SECONDS = 86_400.0
+POISON_FAILURES = 5
+"""After so many failures a message is answered with nothing, where its type has such an answer."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0
+_TROUBLE_PAUSE = 60.0
+_REPEAT_SECONDS = 300.0
+_STALE_PART_SECONDS = 7 * 86_400.0
+_IDLE = "waiting for messages"
 _random = secrets.SystemRandom()
-
-Answer = tuple[Body, Permit]
 
 
 class Stopped(Exception):
@@ -102,50 +82,38 @@ class Link(Protocol):
     def pull(self, digest: str, store: FileStore, *, max_bytes: int) -> Path:
         """Fetch a file of at most so many bytes."""
 
+    def reload(self) -> None:
+        """Read our TLS files again."""
+
     def close(self) -> None:
         """Hang up."""
 
 
-@dataclass(kw_only=True)
-class Clock:
-    """The coordinator's clock as measured in hello. A skew is tolerated, and never a reason to end.
-
-    It is followed for a day and no further: a coordinator that lies about the time must not keep a charter alive.
-    """
-
-    offset: float = 0.0
-
-    def follow(self, theirs: float, ours: float) -> None:
-        """Take over a measured skew."""
-        skew = theirs - ours
-        if abs(skew) > MAX_SKEW_SECONDS:
-            _LOG.error("the coordinator's clock and ours differ by %.1f days, which is not followed", skew / 86_400.0)
-        self.offset = min(max(skew, -MAX_SKEW_SECONDS), MAX_SKEW_SECONDS)
-
-    def __call__(self) -> float:
-        """Unix seconds."""
-        return time.time() + self.offset
-
-
-def run(home: Home, stop: threading.Event) -> None:
+def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) -> None:
     """Be the organisation's daemon until `stop` is set.
 
+    Args:
+        home: A joined organisation's home.
+        stop: Set from a signal handler or another thread.
+        worker: What trains; a child process of our own where absent.
+
     Raises:
-        StateError: Not joined, or another daemon has this home.
+        StateError: Not joined, another daemon has this home, or the ledger is gone.
         ConfigError: Policy, keys or certificate are not usable.
     """
     us = home.membership()
+    proxy = choose(home.load().proxy, split_address(us.link)[0])
+    by = "directly" if proxy is None else f"through the proxy {proxy.shown} (from {proxy.source})"
+    _LOG.info("dialling %s %s", us.link, by)
     home.make()
     policy.load(home.policy)
-    with HomeLock(home.lock):
-        worker = WorkerProcess(home.work, stderr=home.worker_log)
-        state = ClientState(home.state)
+    with HomeLock(home.lock), ClientState(home.state) as state:
+        child = WorkerProcess(home.work, stderr=home.worker_log)
         try:
-            daemon = Daemon(home, us, state=state, worker=worker, stop=stop)
+            daemon = Daemon(home, us, state=state, worker=worker or child, stop=stop)
             daemon.serve(lambda: LinkClient(us.link, home.tls, proxy=us.proxy))
         finally:
-            worker.stop()
-            state.close()
+            child.stop()
 
 
 class Daemon:
@@ -159,37 +127,58 @@ class Daemon:
         self._state = state
         self._worker = worker
         self._stop = stop
-        self._key: Ed25519PrivateKey = load_signing_key(home.signing_key)
+        self._key = load_signing_key(home.signing_key)
         self._clock = Clock()
-        self._ledger = Ledger(home.ledger, clock=self._clock)
+        self._ledger = open_ledger(home.ledger, state, clock=self._clock)
         self._store = FileStore(home.files)
-        self._rosters: list[Roster] = []
+        self._store.drop_parts(older_than_seconds=_STALE_PART_SECONDS)
+        self._answers = Answers(
+            home=home, us=us, state=state, ledger=self._ledger, signing_key=self._key, clock=self._clock
+        )
+        self._receipts = 0
         self._inbox: deque[bytes] = deque()
-        self._seats: dict[str, Seat] = {}
-        self._waiting: set[str] = set()
+        self._later = Later()
+        self._heart = Heartbeat(state)
+        self._complaint = _Complaint()
         self._beat = 0.0
 
     # The loop.
 
     def serve(self, dial: Callable[[], Link]) -> None:
-        """Connect, answer, and connect again, until told to stop."""
-        pause = _FIRST_PAUSE
+        """Connect, answer, and connect again, until told to stop.
+
+        Raises:
+            ConfigError: The first time that it dials: address, proxy or key files are not usable.
+        """
+        self._heart.started()
+        pause, dialled = _FIRST_PAUSE, False
         while not self._stop.is_set():
+            longest = _TROUBLE_PAUSE
             try:
                 with self._open(dial()) as link:
+                    dialled = True
                     self.greet(link)
                     pause = _FIRST_PAUSE
                     self._answer_all(link)
             except Stopped:
-                return
+                break
             except ConnectError as error:
-                if not self._stop.is_set():
-                    _LOG.warning("%s", error)
-            except (VerificationError, StateError) as error:  # What the other side says is no reason to end here.
-                _LOG.error("%s", error)
-                pause = _LONGEST_PAUSE
+                longest = _LONGEST_PAUSE
+                self._say(logging.WARNING, str(error))
+            except ConfigError as error:
+                if not dialled:
+                    raise
+                self._say(logging.ERROR, str(error))
+            except FoedusError as error:  # What the other side says, and a full disk, are no reason to end here.
+                self._say(logging.ERROR, str(error))
+                pause = max(pause, _LONGEST_PAUSE)
+            except Exception as error:  # Nor is a defect: the process is what keeps the organisation's state.
+                self._say(logging.ERROR, f"unexpected: {frames_of(error)}")
+                pause = max(pause, _LONGEST_PAUSE)
+            self._heart.disconnected()
             self._stop.wait(pause * _random.uniform(0.5, 1.5))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, longest)
+        self._heart.disconnected()
 
     @contextmanager
     def _open(self, link: Link) -> Iterator[Link]:
@@ -215,36 +204,54 @@ class Daemon:
             link.close()
 
     def greet(self, link: Link) -> None:
-        """Introduce ourselves: compare what we joined with, measure the clock, fetch the roster.
+        """Introduce ourselves, and learn who is a member and what was spent (`greeting.py`).
 
         Raises:
-            VerificationError: The coordinator is not the one that we joined, or its roster forgets what was seen.
+            VerificationError: The coordinator is not the one that we joined, or contradicts what was seen.
+            StateError: The ledger does not know what was spent: nothing is answered before a person has said it.
         """
-        asked = time.time()
-        answer = link.hello({"protocol": 1, "org": self._us.org})
-        head, signature, clock = read_hello(answer, self._us)
-        self._clock.follow(clock, (asked + time.time()) / 2)
-        self._rosters = update_rosters(head, signature, us=self._us, state=self._state, pull=self._puller(link))
+        greeter = Greeter(home=self._home, us=self._us, state=self._state, ledger=self._ledger, clock=self._clock)
+        greeted = greet(greeter, hello=link.hello, reload=link.reload, pull=self._puller(link), receipts=self._receipts)
+        first = not self._answers.rosters
+        self._answers.rosters, self._receipts = greeted.rosters, greeted.receipts
         self._inbox.clear()
-        _LOG.info("connected to %s, %d members", self._us.federation, len(self._rosters[-1].members))
+        self._later.let_go()
+        self._heart.connected()
+        if self._complaint.settled() or first:
+            _LOG.info("connected to %s, %d members", self._us.federation, len(greeted.rosters[-1].members))
 
     def _answer_all(self, link: Link) -> None:
         greeted = time.monotonic()
+        self._heart.doing(_IDLE)
         while not self._stop.is_set():
             if time.monotonic() - greeted > HELLO_SECONDS:
                 self.greet(link)
                 greeted = time.monotonic()
-            data = self._inbox.popleft() if self._inbox else link.poll(POLL_SECONDS)
+            data = self._next(link)
             if data is not None:
                 self.handle(data, link)
+                self._heart.doing(_IDLE)
+
+    def _next(self, link: Link) -> bytes | None:
+        """The next message to look at: one that was put aside and is due, one that came meanwhile, or a new one."""
+        if (due := self._later.due()) is not None:
+            return due
+        if self._inbox:
+            data: bytes | None = self._inbox.popleft()
+        else:
+            soonest = self._later.soonest()
+            data = link.poll(POLL_SECONDS if soonest is None else min(POLL_SECONDS, soonest))
+            self._heart.contact()
+        return None if data is None or self._later.waits(data) else data
 
     # One message.
 
     def handle(self, data: bytes, link: Link) -> None:
-        """Answer one message, once.
+        """Answer one message, once; or put it aside where it cannot be answered now.
 
         Raises:
             ConnectError: The line broke; the message will come again.
+            DiskTrouble: The disk does not do its part; the message will come again.
             Stopped: The daemon is to end.
         """
         try:
@@ -256,36 +263,40 @@ class Daemon:
                 federation=self._us.federation,
             )
         except VerificationError as error:
-            _LOG.error("a message is not what it should be: %s", error)
+            failures = self._later.failed(data)
+            _LOG.error("a message is not what it should be (seen %d times): %s", failures, error)
             return
         gate = Gate(link, self._state, clock=self._clock)
-        stored = self._state.answer_to(envelope.digest)
-        if stored is None:
-            stored = self._make_answer(envelope, link, gate)
-        if stored is not None:
+        try:
+            stored = self._state.answer_to(envelope.digest) or self._make_answer(envelope, link, gate)
+            if stored is None:
+                return
             gate.send(stored)
             self._state.mark_delivered(envelope.digest)
+        except (ConnectError, DiskTrouble, Stopped):
+            raise
+        except Held as held:
+            self._later.put_aside(data, held.seconds)
+        except OSError as error:
+            if (trouble := disk_trouble(error, self._home.root)) is not None:
+                raise trouble from error
+            self._failed(data, envelope, gate, error)
+        except Exception as error:  # One message must not end the daemon, nor hold up the others.
+            self._failed(data, envelope, gate, error)
+        else:
+            self._later.done(data)
 
     def _make_answer(self, envelope: Envelope, link: Link, gate: Gate) -> bytes | None:
-        """Act on a message and store its answer; None where it cannot be answered now."""
-        header = envelope.header
-        try:
-            self._state.require_unused(header.sequence)
-            answer = self._act(envelope, self._ports(link, gate))
-            if answer is None:
-                return None
-            body, permit = answer
-            gate.approve(body, permit=permit)
-            return self._state.save_answer(envelope.digest, header.sequence, self._seal(body, envelope))
-        except ConnectError:
-            raise
-        except FoedusError as error:
-            _LOG.error("%s of round %d cannot be answered: %s", header.type, header.round, error)
-            return None
+        """Act on a message and store its answer; None where a person has to decide first."""
+        self._state.require_unused(envelope.header.sequence)
+        answer = self._answers.to(envelope, self._ports(link, gate))
+        return None if answer is None else self._store_answer(answer, envelope, gate)
 
-    def _seal(self, body: Body, question: Envelope) -> bytes:
+    def _store_answer(self, answer: Answer, question: Envelope, gate: Gate) -> bytes:
+        body, permit = answer
+        gate.approve(body, permit=permit)
         header = question.header
-        return seal(
+        sealed = seal(
             self._key,
             type=header.type,
             federation=self._us.federation,
@@ -297,51 +308,29 @@ class Daemon:
             sequence=self._state.next_sequence(),
             body=body.encode(),
             reply_to=question.digest,
-        ).encode()
+        )
+        return self._state.save_answer(question.digest, header.sequence, sealed.encode())
 
-    def _act(self, envelope: Envelope, ports: Ports) -> Answer | None:
-        kind, run, data = envelope.header.type, envelope.header.run, envelope.body
-        if kind == "charter":
-            return offers.consider(CharterOffer.decode(data), run, self._offer_desk(ports))
-        if kind == "train":
-            return self._train(TrainOrder.decode(data), run, ports)
-        if kind == "evaluate":
-            return self._evaluate(EvaluateOrder.decode(data), run, ports)
-        if kind == "advance":
-            order = AdvanceOrder.decode(data)
-            return rounds.advance(order, self._seat(order.charter_digest, run, ports), ports)
-        if kind == "close":
-            return self._close(CloseNotice.decode(data), run, ports)
-        raise VerificationError(f"expected one of five message types, got {kind!r}")
-
-    def _train(self, order: TrainOrder, run: str, ports: Ports) -> Answer:
-        permit = Permit(charter=order.charter_digest, run=run, round=order.round)
+    def _failed(self, data: bytes, envelope: Envelope, gate: Gate, error: Exception) -> None:
+        """A message could not be answered: try again later, and in the end say that there is nothing to say."""
+        header, failures = envelope.header, self._later.failed(data)
+        # An error of our own tree holds no record; of any other only the class and the places leave this function.
+        what = str(error) if isinstance(error, FoedusError) else f"unexpected: {frames_of(error)}"
+        _LOG.error("%s of round %d cannot be answered (%d times): %s", header.type, header.round, failures, what)
+        self._heart.trouble(f"{header.type} of {header.run}: {what}")
+        # A policy that cannot be read is for a person to mend, and no word on the charter.
+        if failures < POISON_FAILURES or (header.type == "charter" and isinstance(error, ConfigError)):
+            return
         try:
-            return rounds.take_part(order, self._seat(order.charter_digest, run, ports), ports)
-        except FoedusError as error:
-            step = refusal_of(error)
-            _LOG.error("round %d: no vector: %s", order.round, error)
-            return TrainAnswer(refused_step=step), permit
-
-    def _evaluate(self, order: EvaluateOrder, run: str, ports: Ports) -> Answer:
-        permit = Permit(charter=order.charter_digest, run=run, round=order.round)
-        try:
-            return rounds.evaluate(order, self._seat(order.charter_digest, run, ports), ports)
-        except FoedusError as error:
-            step = refusal_of(error)
-            _LOG.error("round %d: no scores: %s", order.round, error)
-            return EvaluateAnswer(refused_step=step), permit
-
-    def _close(self, notice: CloseNotice, run: str, ports: Ports) -> Answer:
-        if self._state.knows(notice.charter_digest):
-            self._known(notice.charter_digest, run)
-            answer: Answer = rounds.close(notice, run, ports)
-        else:
-            answer = CloseAnswer(), Permit(charter=notice.charter_digest, run=run)
-        self._seats.pop(notice.charter_digest, None)
-        self._waiting.discard(notice.charter_digest)
-        _LOG.info("run %s is over: %s (%s)", run, notice.outcome, printable(notice.reason)[:_REASON_CHARACTERS])
-        return answer
+            instead = self._answers.instead(envelope)
+            if instead is not None and self._state.answer_to(envelope.digest) is None:
+                gate.send(self._store_answer(instead, envelope, gate))
+                self._state.mark_delivered(envelope.digest)
+                self._later.done(data)
+        except (VerificationError, StateError) as second:
+            if isinstance(second, DiskTrouble):
+                raise
+            _LOG.error("%s of round %d is left unanswered: %s", header.type, header.round, second)
 
     # What a message stands on.
 
@@ -356,6 +345,7 @@ class Daemon:
             work=self._home.work,
             tick=lambda: self._tick(link),
             clock=self._clock,
+            doing=self._heart.doing,
         )
 
     def _puller(self, link: Link) -> Callable[[str, int], Path]:
@@ -372,75 +362,36 @@ class Daemon:
             other = link.poll(0.0)
         except (ConnectError, VerificationError, StateError):
             return  # The vector is worth finishing; the line is looked at when it is needed.
+        self._heart.contact()
         if other is not None and other not in self._inbox:
             self._inbox.append(other)
 
-    def _offer_desk(self, ports: Ports) -> OfferDesk:
-        return OfferDesk(
-            state=self._state,
-            ledger=self._ledger,
-            pull=ports.pull,
-            view=lambda: self._view("sign"),
-            auto_sign=lambda: policy.load(self._home.policy).auto_sign,
-            signing_key=self._key,
-            waiting=self._waiting,
-        )
-
-    def _view(self, stage: Stage) -> OrgView:
-        return org_view(
-            self._us,
-            policy=policy.load(self._home.policy),
-            ledger=self._ledger,
-            rosters=self._rosters,
-            signing_key=self._key,
-            stage=stage,
-            now=self._clock(),
-        )
-
-    def _known(self, charter_digest: str, run: str) -> CharterRecord:
-        record = self._state.charter(charter_digest)
-        if record.run != run:
-            raise VerificationError(f"expected charter {charter_digest[:12]} in run {record.run}, got it in {run}")
-        return record
-
-    def _seat(self, charter_digest: str, run: str, ports: Ports) -> Seat:
-        """Our seat in a run that we signed and that is not over."""
-        record = self._known(charter_digest, run)
-        if record.state not in ("signed", "agreed"):
-            raise PolicyRefused(3, f"expected a charter that we signed and that goes on, this one is {record.state}")
-        if charter_digest not in self._seats:
-            data = ports.pull(charter_digest, MAX_CHARTER_BYTES).read_bytes()
-            self._seats[charter_digest] = self._make_seat(data, record)
-        return self._seats[charter_digest]
-
-    def _make_seat(self, data: bytes, record: CharterRecord) -> Seat:
-        def check(agreement: Agreement, spends: bool) -> None:
-            view = self._view("round")
-            if not spends:
-                view = replace(view, budget=_nothing_to_cover)
-            check_charter(data, record.digest, record.operator_signature, view, stage="round", agreement=agreement)
-
-        charter, rules = Charter.parse(data), policy.load(self._home.policy)
-        split_key = self._home.split_key(rules.dataset_for(charter.purpose).namespace)
-        return take_seat(charter, record.run, self._us, rules=rules, split_key=split_key, check=check)
+    def _say(self, level: int, what: str) -> None:
+        """Log a trouble of the loop: once, and again while it goes on for long."""
+        if self._stop.is_set():
+            return
+        self._heart.trouble(what)
+        if self._complaint.is_new(what):
+            _LOG.log(level, "%s", what)
 
 
-def _nothing_to_cover(charter: Charter, mine: Participant) -> None:
-    """The ledger's part of check 10 where nothing is spent."""
+class _Complaint:
+    """The loop's last trouble, so that an outage of hours is not a line every five seconds."""
 
+    def __init__(self) -> None:
+        self._what: str | None = None
+        self._said = 0.0
 
-def refusal_of(error: FoedusError) -> int | None:
-    """What leaves instead of a vector: a failed check's number, or nothing where the trouble is our own.
+    def is_new(self, what: str) -> bool:
+        """Whether to say it (again)."""
+        now = time.monotonic()
+        if what == self._what and now - self._said < _REPEAT_SECONDS:
+            return False
+        self._what, self._said = what, now
+        return True
 
-    Raises:
-        FoedusError: The same error again, where the message is to be tried again.
-    """
-    if isinstance(error, PolicyRefused):
-        return error.step
-    if isinstance(error, PrivacyCheckFailed):
-        return 10
-    if isinstance(error, VerificationError):
-        return 8
-    if isinstance(error, DataError | CheckpointError | ConfigError | RoundFailed | StateError | UsageError):
-        return None
-    raise error
+    def settled(self) -> bool:
+        """Nothing is wrong any more; returns whether something was."""
+        was = self._what is not None
+        self._what = None
+        return was

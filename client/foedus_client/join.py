@@ -2,6 +2,10 @@
 
 Each step is written down before the next, so that the command may be interrupted and run again: the same keys and the
 same request are presented, and an approved request is collected without a token.
+
+An organisation that lost its keys, was revoked, or let its certificate run out joins again under its own id
+(`start_again`): new keys, the same ledger, policy, data registrations and split keys. What a unit has lost is not
+forgotten because a key was.
 """
 
 from __future__ import annotations
@@ -9,12 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from foedus_protocols.certificates import make_request
+from foedus_protocols.channel import split_address
 from foedus_protocols.enrolment import EnrolmentClient, EnrolmentRequest, EnrolmentStatus
 from foedus_protocols.errors import StateError, UsageError, VerificationError
-from foedus_protocols.files import write_durably
+from foedus_protocols.files import sync_folder, write_durably
 from foedus_protocols.identity import (
     check_org_id,
     generate_signing_key,
@@ -26,9 +32,11 @@ from foedus_protocols.identity import (
     public_hex,
     save_key,
 )
+from foedus_protocols.proxy import choose
 
 from foedus_client import policy
 from foedus_client.config import ClientConfig, Home
+from foedus_client.lock import HomeLock
 
 COLLECT_SECONDS = 2.0
 
@@ -70,6 +78,62 @@ def configure(
     return ClientConfig(org=org, enrolment=coordinator, ca_fingerprint=parse_fingerprint(ca_fingerprint), proxy=proxy)
 
 
+def start_again(
+    home: Home,
+    *,
+    coordinator: str | None,
+    org: str | None,
+    ca_fingerprint: str | None,
+    proxy: str | None,
+    keep_signing_key: bool,
+) -> ClientConfig:
+    """Put the old identity aside, so that `prepare` and `join` make and enrol a new one under the same id.
+
+    The old key files move to ``keys/old-TIME/`` and are never deleted. Ledger, policy, data registrations, split keys
+    and the daemon's memory stay where they are.
+
+    Args:
+        home: A home that was made before.
+        coordinator: Another address than before, or None.
+        org: The id; it cannot change.
+        ca_fingerprint: The pin of the new invitation, or None where it is the old one.
+        proxy: Another proxy than before, or None.
+        keep_signing_key: Keep what binds us: only the certificate is renewed, and runs go on.
+
+    Returns:
+        The configuration to join with.
+
+    Raises:
+        StateError: Nobody joined from here, another id is given, or a daemon runs.
+    """
+    config = home.load()
+    if org is not None and org != config.org:
+        raise StateError(
+            f"expected the id {config.org} that this home was made with, got {org}: the ledger here is that of "
+            f"{config.org}; use another --home"
+        )
+    tls = home.tls
+    aside = [tls.key, tls.certificate, tls.ca, home.request]
+    if not keep_signing_key:
+        aside.append(home.signing_key)
+    with HomeLock(home.lock):
+        folder = home.keys / f"old-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
+        folder.mkdir(mode=0o700)
+        for path in aside:
+            if path.exists():
+                path.rename(folder / path.name)
+        sync_folder(folder)
+        sync_folder(home.keys)
+        fresh = ClientConfig(
+            org=config.org,
+            enrolment=coordinator or config.enrolment,
+            ca_fingerprint=parse_fingerprint(ca_fingerprint) if ca_fingerprint else config.ca_fingerprint,
+            proxy=proxy or config.proxy,
+        )
+        home.save(fresh)
+    return fresh
+
+
 def prepare(home: Home, config: ClientConfig) -> None:
     """Make what is not there yet: folders, both keys, the certificate request, a policy that allows nothing."""
     home.make()
@@ -107,7 +171,8 @@ def join(
     fingerprint = key_fingerprint(public_hex(key))
     if config.federation is not None:
         return _joined(config, fingerprint)
-    with EnrolmentClient(config.enrolment, config.ca_fingerprint, proxy=config.proxy) as client:
+    proxy = choose(config.proxy, split_address(config.enrolment)[0])
+    with EnrolmentClient(config.enrolment, config.ca_fingerprint, proxy=None if proxy is None else proxy.url) as client:
         if config.request_id is None:
             if token is None:
                 raise UsageError("expected a token by --token-stdin or --token-file, or at the prompt; got none")

@@ -8,16 +8,20 @@ One SQLite file belongs to the organisation. Each unit namespace ("patients of A
     reserve   one round's words exist on disk and may leave: allotted events turn into spent ones
     commit    the coordinator's receipt for a reservation
     release   the charter ended, expired or was left: what it did not spend is free again
+    state     what a person says was spent where no ledger tells it, for ever, and the runs that this covers
+    abandon   this file was found to be an older copy while the charter was open: words of it may have left unseen
 
 Entries hold events (noise multiplier, sampling probability, steps), never epsilons alone, so that epsilon is always
 recomputed. State is never stored beside the chain: it is folded from the entries (`allotments.py`) in the transaction
 that needs it. The heavier alternative, a table of counters, cannot be audited and drifts when a program is killed.
+How an older copy or a lost file is recognised is `receipts.py`'s affair, what is then written here `restoring.py`'s.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +30,10 @@ from foedus_protocols.accounting import Event
 from foedus_protocols.errors import BudgetExhausted, StateError
 
 from foedus_client.allotments import (
+    Account,
     Admission,
     Allotment,
+    Charge,
     Judgement,
     admission,
     epsilon_of_spent,
@@ -55,10 +61,21 @@ class Ledger:
         VerificationError: Its chain is broken (`verify_chain`).
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
+        """Open the file, make it where it is missing, and verify it.
+
+        Args:
+            path: The file.
+            clock: Unix seconds.
+            read_only: Only look: neither make, migrate nor change the file.
+        """
         self._clock = clock
-        self._chain = Chain(path, clock=clock)
-        self._chain.verify()
+        self._chain = Chain(path, clock=clock, read_only=read_only)
+
+    @property
+    def format(self) -> int:
+        """The format of the file."""
+        return self._chain.format
 
     # --- Namespaces --------------------------------------------------------------------------------------------------
 
@@ -124,15 +141,19 @@ class Ledger:
             StateError: No such namespace, or this charter was left after rounds of it were spent.
             VerificationError: The noise tables' slack at this cap leaves nothing of delta.
         """
+        terms = (events, delta, cap, delta_slack)
         with self._chain.transaction() as transaction:
-            known = fold(transaction.require(namespace))
-            mine = known.get(charter_digest)
-            if mine is not None and mine.open:
-                return mine.admission
-            if mine is not None and mine.reservations:
-                raise StateError(f"expected a charter that was never left, got {charter_digest[:12]}: draft a new one")
+            known, head = fold(transaction.require(namespace)), transaction.head(namespace)
+        # The accountant takes up to seconds: it is asked before the transaction, and again inside it only where
+        # somebody wrote to the namespace in between.
+        judged = None if self._held(known, charter_digest) else self._fitting(namespace, known, *terms)
+        with self._chain.transaction() as transaction:
+            if judged is None or transaction.head(namespace) != head:
+                known = fold(transaction.require(namespace))
+                if (held := self._held(known, charter_digest)) is not None:
+                    return held
+                judged = self._fitting(namespace, known, *terms)
             self._release_expired(transaction, namespace, known)
-            judged = self._fitting(namespace, known, events, delta, cap, delta_slack)
             body = {
                 "events": [asdict(event) for event in events],
                 "delta": delta,
@@ -147,6 +168,19 @@ class Ledger:
             }
             return admission(transaction.append(namespace, "allot", body, charter=charter_digest))
 
+    def _held(self, known: Account, charter_digest: str) -> Admission | None:
+        """The admission of a charter that holds an allotment; None where it may be judged.
+
+        Raises:
+            StateError: It was left after rounds of it were, or may have been, spent.
+        """
+        mine = known.allotments.get(charter_digest)
+        if mine is not None and mine.open:
+            return mine.admission
+        if mine is not None and (mine.reservations or mine.abandoned):
+            raise StateError(f"expected a charter that was never left, got {charter_digest[:12]}: draft a new one")
+        return None
+
     def require_fits(
         self,
         namespace: str,
@@ -156,8 +190,11 @@ class Ledger:
         cap: float,
         *,
         delta_slack: float = 0.0,
-    ) -> None:
+    ) -> Judgement:
         """Ask what `admit` would say, and write nothing: a person may still take days to decide.
+
+        Returns:
+            The epsilon that the namespace would reach; for a charter that holds an allotment, that of its admission.
 
         Raises:
             BudgetExhausted: The cap would be passed.
@@ -166,24 +203,23 @@ class Ledger:
         """
         with self._chain.transaction() as transaction:
             known = fold(transaction.require(namespace))
-        now = self._clock()
-        if (mine := known.get(charter_digest)) is not None and mine.open:
-            return
-        for allotment in known.values():
-            allotment.open = allotment.open and now <= allotment.expires
-        self._fitting(namespace, known, events, delta, cap, delta_slack)
+        if (mine := known.allotments.get(charter_digest)) is not None and mine.open:
+            return Judgement(mine.admission.epsilon, mine.admission.accountant, mine.filter_order)
+        return self._fitting(namespace, known, events, delta, cap, delta_slack)
 
     def _fitting(
-        self,
-        namespace: str,
-        known: Mapping[str, Allotment],
-        events: Sequence[Event],
-        delta: float,
-        cap: float,
-        delta_slack: float,
+        self, namespace: str, known: Account, events: Sequence[Event], delta: float, cap: float, delta_slack: float
     ) -> Judgement:
-        """The judgement on one more charter; BudgetExhausted if it is beyond the cap."""
-        judged = judge(known.values(), events, delta=delta, delta_slack=delta_slack, cap=cap)
+        """The judgement on one more charter; BudgetExhausted if it is beyond the cap.
+
+        Charters that expired are closed in `known`: what they did not spend no longer counts.
+        """
+        now = self._clock()
+        for allotment in known.allotments.values():
+            if allotment.open and allotment.expires < now:
+                allotment.close()
+                allotment.expired = True
+        judged = judge(known.charges, events, delta=delta, delta_slack=delta_slack, cap=cap)
         if judged.epsilon > cap:
             raise BudgetExhausted(
                 10,
@@ -193,11 +229,10 @@ class Ledger:
             )
         return judged
 
-    def _release_expired(self, transaction: Transaction, namespace: str, known: Mapping[str, Allotment]) -> None:
-        """Write down that expired charters are over, so that a clock set back later cannot revive them."""
-        for charter, allotment in known.items():
-            if allotment.open and allotment.expires < self._clock():
-                allotment.open = False
+    def _release_expired(self, transaction: Transaction, namespace: str, known: Account) -> None:
+        """Write down that charters whose share was taken to be free are over: a clock set back cannot revive them."""
+        for charter, allotment in known.allotments.items():
+            if allotment.expired:
                 transaction.append(namespace, "release", {"why": "expired"}, charter=charter)
 
     def admission(self, charter_digest: str) -> Admission | None:
@@ -208,12 +243,17 @@ class Ledger:
                     return allotment.admission
         return None
 
-    def release_allotment(self, charter_digest: str) -> None:
-        """Free what a charter did not spend. It can reserve nothing more; if it holds nothing, nothing happens."""
+    def release_allotment(self, charter_digest: str, why: str = "ended") -> None:
+        """Free what a charter did not spend. It can reserve nothing more; if it holds nothing, nothing happens.
+
+        Args:
+            charter_digest: The charter.
+            why: For the entry: ``ended``, ``left``.
+        """
         with self._chain.transaction() as transaction:
             for namespace, allotment in _find(transaction, charter_digest):
                 if allotment.open:
-                    transaction.append(namespace, "release", {"why": "ended"}, charter=charter_digest)
+                    transaction.append(namespace, "release", {"why": why}, charter=charter_digest)
 
     # --- Rounds ------------------------------------------------------------------------------------------------------
 
@@ -242,20 +282,27 @@ class Ledger:
         """
         with self._chain.transaction() as transaction:
             known = fold(transaction.require(namespace))
-            mine = known.get(charter_digest)
+            mine = known.allotments.get(charter_digest)
             if mine is not None and (first := mine.reservations.get((run, round))) is not None:
+                if first.body["words"] is None:
+                    raise StateError(f"expected a round that goes on, round {round} of {run!r} was abandoned")
                 if first.body["words"] != words_digest:
                     raise StateError(
                         f"expected the words {first.body['words'][:12]} reserved for round {round} of {run!r}, got "
                         f"{words_digest[:12]}: send the reserved ones; a round is spent once"
                     )
                 return first
-            require_covered(self._in_force(known, namespace, charter_digest), event)
+            if run in known.stated_runs:
+                raise StateError(f"expected a run that goes on, {run!r} is covered by a statement and over for us")
+            mine = self._in_force(known, namespace, charter_digest)
+            if mine.abandoned:
+                raise StateError(f"expected the open round of {run!r} to be abandoned first: this is an older copy")
+            require_covered(mine, event)
             body = {"event": None if event is None else asdict(event), "words": words_digest}
             return transaction.append(namespace, "reserve", body, charter=charter_digest, run=run, round=round)
 
-    def _in_force(self, known: Mapping[str, Allotment], namespace: str, charter_digest: str) -> Allotment:
-        allotment = known.get(charter_digest)
+    def _in_force(self, known: Account, namespace: str, charter_digest: str) -> Allotment:
+        allotment = known.allotments.get(charter_digest)
         if allotment is None or not allotment.open:
             raise StateError(
                 f"expected an allotment of charter {charter_digest[:12]} in namespace {namespace!r}, got none: "
@@ -283,7 +330,7 @@ class Ledger:
             raise StateError(f"expected a reservation to commit, got an entry of kind {entry.kind!r}")
         key = (entry.run, entry.round)
         with self._chain.transaction() as transaction:
-            allotment = fold(transaction.require(entry.namespace)).get(entry.charter)
+            allotment = fold(transaction.require(entry.namespace)).allotments.get(entry.charter)
             if allotment is None or allotment.reservations.get(key) != entry:
                 raise StateError(
                     f"expected a reservation of this ledger, got {entry.digest[:12]}: it is of another file"
@@ -295,17 +342,28 @@ class Ledger:
 
     # --- Reading -----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Read and append as the only writer (`restoring.py`)."""
+        with self._chain.transaction() as transaction:
+            yield transaction
+
+    def accounts(self) -> dict[str, Account]:
+        """Every namespace as its chain tells it, all of one instant."""
+        with self._chain.transaction() as transaction:
+            return {name: fold(transaction.read(name)) for name in transaction.namespaces()}
+
     def spent(self, namespace: str) -> tuple[Event, ...]:
-        """Everything reserved so far, equal events merged."""
-        return merge_events(event for one in self._allotments(namespace) for event in one.spent)
+        """Everything reserved or stated so far, equal events merged."""
+        return merge_events(event for one in self._charges(namespace) for event in one.spent)
 
     def allotted(self, namespace: str) -> tuple[Event, ...]:
         """Everything that counts against the cap: spent events, and all events of charters that hold an allotment."""
-        return merge_events(event for one in self._allotments(namespace) for event in one.charged())
+        return merge_events(event for one in self._charges(namespace) for event in one.charged())
 
     def epsilon_spent(self, namespace: str, delta: float) -> float:
-        """The epsilon at `delta` of everything reserved so far, by the accountant that its history allows."""
-        return epsilon_of_spent(self._allotments(namespace), delta)
+        """The epsilon at `delta` of everything spent so far, by the accountant that its history allows."""
+        return epsilon_of_spent(self._charges(namespace), delta)
 
     def entries(self, namespace: str) -> list[Entry]:
         """The chain of a namespace, oldest first."""
@@ -316,22 +374,32 @@ class Ledger:
         """The digest of the newest entry."""
         return self.entries(namespace)[-1].digest
 
+    def export(self) -> list[bytes]:
+        """The canonical JSON of every entry, by namespace and place. The SHA-256 of one is `previous` in the next."""
+        with self._chain.transaction() as transaction:
+            return transaction.contents()
+
+    def backup(self, target: Path) -> None:
+        """Copy the file into one that is complete in itself and only its owner reads; see `Chain.backup`."""
+        self._chain.backup(target)
+
     def verify_chain(self) -> None:
         """Recompute every link of every namespace.
 
         Raises:
             VerificationError: An entry was changed, removed from the middle, added out of turn, or moved.
         """
-        self._chain.verify()
+        with self._chain.transaction() as transaction:
+            transaction.verify()
 
-    def _allotments(self, namespace: str) -> list[Allotment]:
-        return list(fold(self.entries(namespace)).values())
+    def _charges(self, namespace: str) -> list[Charge]:
+        return fold(self.entries(namespace)).charges
 
 
 def _find(transaction: Transaction, charter_digest: str) -> list[tuple[str, Allotment]]:
     """The allotments of a charter, with their namespaces."""
     found = [
-        (name, fold(transaction.read(name)).get(charter_digest))
+        (name, fold(transaction.read(name)).allotments.get(charter_digest))
         for name in transaction.namespaces(charter=charter_digest)
     ]
     return [(name, allotment) for name, allotment in found if allotment is not None]

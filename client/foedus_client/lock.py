@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from foedus_protocols.errors import StateError
+from foedus_protocols.files import disk_errors
 
 
 class HomeLock:
@@ -19,7 +21,8 @@ class HomeLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        file = self._path.open("a+")
+        with disk_errors(self._path):
+            file = self._path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -30,10 +33,11 @@ class HomeLock:
                 f"expected no other daemon on {self._path.parent}, found one (process {holder}); "
                 "stop it first, or give this one another --home"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         self._file = file
+        with suppress(OSError):  # The process id is a courtesy to whoever comes second; a full disk takes none.
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         return self
 
     def __exit__(

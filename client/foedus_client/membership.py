@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from foedus_protocols.canonical import canonical_bytes, parse_canonical
 from foedus_protocols.charter_checks import OrgView, Stage
 from foedus_protocols.errors import CheckpointError, VerificationError
+from foedus_protocols.hello import MINOR, HelloAnswer, negotiate
 from foedus_protocols.identity import public_hex, verify
 from foedus_protocols.manifest import read_config, read_manifest
 from foedus_protocols.roster import MAX_ROSTER_BYTES, ROSTER_CONTEXT, Roster, check_chain
@@ -21,27 +22,26 @@ from foedus_client.policy import Policy
 from foedus_client.state import ClientState
 
 MAX_ROSTERS = 10_000
-PROTOCOL = 1
 _ROSTERS = "rosters"
 
 
-def read_hello(answer: dict[str, Any], us: Membership) -> tuple[str, str, float]:
+def open_hello(answer: dict[str, Any], us: Membership) -> HelloAnswer:
     """Check a coordinator's introduction.
 
     Returns:
-        The newest roster's digest, the operator's signature over it, and the coordinator's clock in Unix seconds.
+        What it says. Its `minor` may be lower or higher than ours by one; what is new in the higher one is absent.
 
     Raises:
-        VerificationError: Another protocol, federation or operator than we joined, or a field is missing.
+        VerificationError: A version too far from ours (the text says which side to update), another federation or
+            operator than we joined, or a field is missing.
     """
-    expected = {"protocol": PROTOCOL, "federation": us.federation, "org": us.org, "operator_key": us.operator_key}
+    said = HelloAnswer.decode(answer)
+    negotiate(said, us="organisation", them="coordinator", minor=MINOR)
+    expected = {"federation": us.federation, "org": us.org, "operator_key": us.operator_key}
     for name, value in expected.items():
-        if answer.get(name) != value:
+        if getattr(said, name) != value:
             raise VerificationError(f"expected the {name} that we joined with in the coordinator's hello, got another")
-    digest, signature, clock = (answer.get(name) for name in ("roster_digest", "roster_signature", "server_time"))
-    if not isinstance(digest, str) or not isinstance(signature, str) or not isinstance(clock, int | float):
-        raise VerificationError("expected roster and time in the coordinator's hello, got none")
-    return digest, signature, float(clock)
+    return said
 
 
 def update_rosters(

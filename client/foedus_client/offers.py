@@ -15,11 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from foedus_protocols.charter import MAX_CHARTER_BYTES, Charter
 from foedus_protocols.charter_checks import OrgView, check_charter
 from foedus_protocols.errors import PolicyRefused, StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.messages import CharterAnswer, CharterOffer
 
 from foedus_client.budget import admit_charter
 from foedus_client.gate import PERSON_DECLINED, Permit
 from foedus_client.ledger import Ledger
+from foedus_client.life import LEFT
 from foedus_client.state import CharterRecord, ClientState
 
 _LOG = logging.getLogger("foedus.client")
@@ -51,6 +53,7 @@ def consider(offer: CharterOffer, run: str, desk: OfferDesk) -> tuple[CharterAns
 
     Raises:
         ConnectError: The charter could not be fetched; the offer will come again.
+        DiskTrouble: Nothing can be written down now; the offer will come again.
 
     Guarantees:
         A signature is made inside the ledger's transaction that allots the charter's events, and nowhere else. Asked
@@ -67,6 +70,8 @@ def consider(offer: CharterOffer, run: str, desk: OfferDesk) -> tuple[CharterAns
     if (admitted := desk.ledger.admission(digest)) is not None:
         desk.state.mark_signed(digest, admitted.signature)
         return _signed(admitted.signature, digest, run)
+    if desk.state.was_left(digest):
+        return _refused(LEFT, digest, run)
     if record.state in ("refused", "declined", "closed"):
         return _refused(record.refused_step or PERSON_DECLINED, digest, run)
     try:
@@ -80,7 +85,9 @@ def consider(offer: CharterOffer, run: str, desk: OfferDesk) -> tuple[CharterAns
         _LOG.error("charter %s (%s) refused: %s", digest[:12], name, error)
         desk.state.mark_refused(digest, step=error.step, reason=str(error))
         return _refused(error.step, digest, run)
-    except StateError as error:
+    except DiskTrouble:
+        raise
+    except (StateError, VerificationError) as error:  # The ledger cannot take this charter on.
         _LOG.error("charter %s (%s) refused: %s", digest[:12], name, error)
         desk.state.mark_refused(digest, step=10, reason=str(error))
         return _refused(10, digest, run)

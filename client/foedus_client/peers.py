@@ -17,7 +17,8 @@ from foedus_protocols.store import FileStore
 
 from foedus_client import policy
 from foedus_client.config import Home
-from foedus_client.membership import read_hello, update_rosters
+from foedus_client.membership import open_hello, update_rosters
+from foedus_client.renewal import introduction
 from foedus_client.state import ClientState
 
 
@@ -42,10 +43,10 @@ def fetch_members(home: Home) -> tuple[Member, ...]:
     store = FileStore(home.files)
     try:
         with LinkClient(us.link, home.tls, proxy=us.proxy) as link:
-            head, signature, _ = read_hello(link.hello({"protocol": 1, "org": us.org}), us)
+            answer = open_hello(link.hello(introduction(home, us).encode()), us)
             chain = update_rosters(
-                head,
-                signature,
+                answer.roster_digest,
+                answer.roster_signature,
                 us=us,
                 state=state,
                 pull=lambda digest, limit: link.pull(digest, store, max_bytes=limit),

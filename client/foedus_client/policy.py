@@ -8,15 +8,18 @@ size.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
 from foedus_protocols.charter_checks import Limits, UnitNamespace
 from foedus_protocols.errors import ConfigError, PolicyRefused
-from foedus_protocols.files import write_durably
+from foedus_protocols.files import disk_errors, write_durably
 from foedus_protocols.identity import human_fingerprint, parse_fingerprint
 from foedus_protocols.messages import Digest, OrgId
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
@@ -159,6 +162,7 @@ class Policy(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         served: dict[str, str] = {}
+        drawn: dict[str, DatasetEntry] = {}
         names = [dataset.name for dataset in self.datasets]
         if len(set(names)) != len(names):
             raise ValueError("two data sets have the same name")
@@ -171,6 +175,13 @@ class Policy(Section):
                 if purpose in served:
                     raise ValueError(f"data sets {served[purpose]!r} and {dataset.name!r} both serve {purpose!r}")
                 served[purpose] = dataset.name
+            for file in dataset.files:
+                other = drawn.setdefault(os.path.realpath(file), dataset)
+                if other.namespace != dataset.namespace:
+                    raise ValueError(
+                        f"file {file} is in data set {other.name!r} of namespace {other.namespace!r} and in "
+                        f"{dataset.name!r} of {dataset.namespace!r}: its units would have two budgets; keep one"
+                    )
         return self
 
     def dataset_for(self, purpose: str) -> DatasetEntry:
@@ -314,7 +325,7 @@ def confirm_peer(path: Path, org: str, fingerprint: str) -> None:
 def _parse(path: Path, text: str) -> Policy:
     try:
         return Policy.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"expected TOML in {path}, got: {error}") from error
     except ValidationError as error:
         found = "; ".join((".".join(map(str, item["loc"])) or "policy") + ": " + item["msg"] for item in error.errors())
@@ -322,7 +333,27 @@ def _parse(path: Path, text: str) -> Policy:
 
 
 def _edit(path: Path, change: Callable[[tomlkit.TOMLDocument], None]) -> None:
-    """Change a policy in place, atomically; the file stays as it was if the result is no valid policy."""
+    """Change a policy in place, atomically; the file stays as it was if the result is no valid policy.
+
+    Commands that change it at the same time wait for each other, so that neither loses the other's entry.
+    """
+    with _sole_editor(path):
+        _edit_alone(path, change)
+
+
+@contextmanager
+def _sole_editor(path: Path) -> Iterator[None]:
+    """Hold a lock beside the policy, which itself is replaced by each edit."""
+    with disk_errors(path):
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _edit_alone(path: Path, change: Callable[[tomlkit.TOMLDocument], None]) -> None:
     load(path)
     try:
         document = tomlkit.parse(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@
     train     the worker writes one clipped and noised vector
     code      into the words of the ring: drawn once, on disk before anything is reserved
     reserve   one ledger transaction spends the round's event on exactly these words
+    hold      until the next slot, where the charter names slots
     push      through the gate, to the coordinator's disk
     commit    the signed receipt goes into the ledger
 
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from foedus_protocols import accounting, codec
 from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.charter import charter_events, delta_for_accountant, round_event
 from foedus_protocols.errors import BudgetExhausted, PolicyRefused, RoundFailed, StateError
-from foedus_protocols.files import write_durably
+from foedus_protocols.files import disk_errors
 from foedus_protocols.messages import (
     MAX_BODY_BYTES,
     AdvanceAnswer,
@@ -42,10 +45,13 @@ from foedus_protocols.messages import (
 from foedus_protocols.packing import pack
 from foedus_protocols.receipt import open_receipt
 
+from foedus_client import receipts
 from foedus_client.gate import Permit
 from foedus_client.ledger import Entry
-from foedus_client.replay import AdapterDiffers, Position, adapter_bytes, catch_up, forget
-from foedus_client.seat import PHASE, Ports, Seat
+from foedus_client.life import SENDING, paused, require_not_left
+from foedus_client.replay import AdapterDiffers, Position, catch_up, forget
+from foedus_client.seat import Ports, Seat
+from foedus_client.slots import wait_for_slot
 from foedus_client.state import RoundRecord
 from foedus_client.work import CheckTask, EvaluateTask, TrainTask
 
@@ -62,6 +68,8 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
         reserved: a late vector would be spent for nothing.
 
     Raises:
+        Held: The words wait for their slot.
+        RoundFailed: Nothing is reserved, and the deadline passed in the middle of the work or a person paused.
         PolicyRefused: A numbered check failed.
         VerificationError: History, sum, receipt or agreement are not what they should be.
         ConnectError: The link broke; the same order will come again.
@@ -73,21 +81,25 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
     # What is reserved already is spent already: a last round's words still leave after a kill.
     spends = ports.ledger.reservation(seat.digest, seat.run, order.round) is None
     check(order.agreement_digest, seat, ports, spends=spends)
-    position = catch_up(order.history_digest, seat, ports)
+    position = _follow(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
     _require_round(order.round, seat, ports)
     if ports.state.last_scored(seat.digest) is not None:
         raise PolicyRefused(9, "the round of scores that closes the run was answered, no training follows it")
+    if receipts.abandoned(seat, order.round, ports):
+        return TrainAnswer(), permit_of(seat, order.round)
     made = ports.state.round(seat.digest, order.round)
     if made is None and ports.clock() > order.deadline:
         _LOG.warning("round %d: its deadline has passed, nothing is trained", order.round)
         return TrainAnswer(), permit_of(seat, order.round)
-    scores = score(position, seat, ports, last=False) if order.evaluate else None
+    working = ports if made is not None else _interruptible(order.deadline, seat, ports)
+    scores = score(position, seat, working, last=False) if order.evaluate else None
     if made is None:
-        check_mechanism(seat, ports)
-        vector = train(order, position, seat, ports)
+        check_mechanism(seat, working)
+        vector = train(order, position, seat, working)
         made = code(vector, order.round, seat, ports)
     entry = reserve(made, seat, ports)
+    wait_for_slot(made, order.deadline, seat, ports)
     permit = permit_of(seat, order.round, words=made, scores=order.evaluate)
     push(made, entry, permit, seat, ports)
     return TrainAnswer(vector_digest=made.words, vector_bytes=made.words_bytes, scores=scores), permit
@@ -96,7 +108,7 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
 def advance(order: AdvanceOrder, seat: Seat, ports: Ports) -> tuple[AdvanceAnswer, Permit]:
     """Replay the published sum and say which adapter follows, also where it is not the announced one."""
     try:
-        ours = catch_up(order.history_digest, seat, ports).digest
+        ours = _follow(order.history_digest, seat, ports).digest
     except AdapterDiffers as error:
         _LOG.error("%s", error)
         ours = error.ours
@@ -117,19 +129,25 @@ def evaluate(order: EvaluateOrder, seat: Seat, ports: Ports) -> tuple[EvaluateAn
         It is asked once a run: after it neither another adapter is scored in this way, nor anything trained.
     """
     check(order.agreement_digest, seat, ports, spends=False)
-    position = catch_up(order.history_digest, seat, ports)
+    position = _follow(order.history_digest, seat, ports)
     _require_adapter(order.adapter_digest, position)
-    scores = score(position, seat, ports, last=True)
+    scores = score(position, seat, _interruptible(order.deadline, seat, ports), last=True)
     return EvaluateAnswer(scores=scores), permit_of(seat, order.round, scores=True)
 
 
 def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Permit]:
-    """The run is over: free what was allotted and not spent, erase words, sums and positions.
+    """The run is over: free what was allotted and not spent, erase words, sums, positions and signed agreements.
 
-    It needs no seat: a charter that this organisation refused, or whose data it no longer has, is closed alike.
+    The charter's own file stays: it says what the organisation signed. It needs no seat: a charter that this
+    organisation refused, or whose data it no longer has, is closed alike.
     """
     charter = notice.charter_digest
     ports.ledger.release_allotment(charter)
+    agreement, history = ports.state.charter(charter).agreement, ports.state.fact(_history_fact(charter))
+    for digest in (agreement, history):
+        if digest is not None:
+            ports.store.delete(digest)
+    ports.state.forget(_history_fact(charter))
     for made in ports.state.rounds(charter):
         ports.store.delete(made.words)
     for entry in ports.state.history(charter):
@@ -172,6 +190,7 @@ def check_mechanism(seat: Seat, ports: Ports) -> None:
         delta=delta,
         epsilon=accounting.epsilon(events, delta),
     )
+    ports.doing(f"run {seat.run}: checking sensitivity and noise before the first private step")
     reply = ports.worker.check(seat.setup, task, ports.tick)
     ports.state.mark_checked(seat.digest)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(reply.figures.items()))
@@ -195,6 +214,7 @@ def score(position: Position, seat: Seat, ports: Ports, *, last: bool) -> Scores
         return scores
     adapter = _adapter_file(position, ports)
     task = EvaluateTask(adapter=str(adapter), max_records=seat.charter.evaluation.max_records)
+    ports.doing(f"run {seat.run}: scoring the adapter after {position.after} rounds on held-out units")
     scores = ports.worker.evaluate(seat.setup, task, ports.tick).scores
     ports.state.save_scores(seat.digest, position.after, scores)
     return scores
@@ -211,31 +231,32 @@ def train(order: TrainOrder, position: Position, seat: Seat, ports: Ports) -> Ve
     task = TrainTask(
         terms=seat.terms,
         org=seat.org,
-        round=order.round,
+        round=seat.charter.draw_number(order.round),
         adapter=str(_adapter_file(position, ports)),
         output=str(output),
     )
+    ports.doing(f"round {order.round} of {seat.run}: training")
     reply = ports.worker.train(seat.setup, task, ports.tick)
     _LOG.info("round %d: trained (%s)", order.round, _figures(reply.figures))
-    vector = np.fromfile(output, dtype="<f4").astype(np.float32) if output.is_file() else np.empty(0, np.float32)
+    vector = np.fromfile(output, dtype="<f4") if output.is_file() else np.empty(0, np.float32)
     output.unlink(missing_ok=True)
     if vector.size != seat.charter.adapter.length or not np.isfinite(vector).all():
         raise RoundFailed(
             f"expected {seat.charter.adapter.length} finite numbers of the worker, got {vector.size}; see worker.log"
         )
-    return vector
+    return vector.astype(np.float32, copy=False)
 
 
 def code(vector: Vector, number: int, seat: Seat, ports: Ports) -> RoundRecord:
-    """Weight, rotate, round and pack the vector; the words are on disk when this returns.
+    """Weight, rotate, round and pack the vector, which is used up; the words are on disk when this returns.
 
     Guarantees:
         In private modes the stochastic rounding draws from the operating system. Clamping and scaling are
         post-processing of an already noised vector and cost no privacy.
     """
-    weight = np.float32(seat.charter.relative_weight(seat.org))
-    key = codec.coding_key(seat.digest, seat.run, number, PHASE)
-    encoded = codec.encode(vector * weight, coding=seat.coding, key=key, uniform=_uniform(number, seat), clamp=True)
+    vector *= np.float32(seat.charter.relative_weight(seat.org))  # In place: a copy is as long as the adapter.
+    key = seat.charter.coding_key(seat.run, number)
+    encoded = codec.encode(vector, coding=seat.coding, key=key, uniform=_uniform(number, seat), clamp=True)
     if encoded.clamped:
         _LOG.warning("round %d: %d coordinates were clamped to the coding range", number, encoded.clamped)
     data = pack(encoded.words, seat.charter.masks.ring_bits)
@@ -256,11 +277,14 @@ def reserve(made: RoundRecord, seat: Seat, ports: Ports) -> Entry:
     if not ports.store.has(made.words):
         raise BudgetExhausted(10, f"the words of round {made.round} are no longer in files/, their budget stays spent")
     event = round_event(seat.charter, seat.me)
-    return ports.ledger.reserve(seat.namespace, seat.digest, seat.run, made.round, event, made.words)
+    entry = ports.ledger.reserve(seat.namespace, seat.digest, seat.run, made.round, event, made.words)
+    receipts.remember_heads(ports.ledger, ports.state)
+    return entry
 
 
 def push(made: RoundRecord, entry: Entry, permit: Permit, seat: Seat, ports: Ports) -> None:
     """Send the words, check the receipt, and commit."""
+    ports.doing(f"round {made.round} of {seat.run}: {SENDING} {made.words_bytes} bytes")
     receipt = ports.gate.push(ports.store.path(made.words), permit=permit)
     checked = open_receipt(
         canonical_bytes(receipt),
@@ -289,6 +313,41 @@ def permit_of(seat: Seat, number: int, *, words: RoundRecord | None = None, scor
     )
 
 
+def _follow(history_digest: str, seat: Seat, ports: Ports) -> Position:
+    """Catch up, and erase the history file that the one just read continues."""
+    ports.doing(f"run {seat.run}: following the published sums")
+    position = catch_up(history_digest, seat, ports)
+    name = _history_fact(seat.digest)
+    older = ports.state.fact(name)
+    if older != history_digest:
+        ports.state.remember(name, history_digest)
+        if older is not None:
+            ports.store.delete(older)
+    return position
+
+
+def _history_fact(charter_digest: str) -> str:
+    return f"history-file:{charter_digest}"
+
+
+def _interruptible(deadline: float, seat: Seat, ports: Ports) -> Ports:
+    """Ports whose worker is given up when its result would be of no use any more, a frozen one included.
+
+    Nothing is reserved while they are used, so that giving up costs no budget.
+    """
+
+    def tick() -> None:
+        ports.tick()
+        require_not_left(ports.state, seat.digest)
+        if (reason := paused(ports.state)) is not None:
+            raise RoundFailed(f"expected to take part, this daemon is paused ({reason}): `foedus client resume`")
+        if ports.clock() > deadline:
+            raise RoundFailed("expected the worker to be done before the deadline, it was not: see worker.log")
+
+    tick()
+    return replace(ports, tick=tick)
+
+
 def _require_adapter(announced: str, position: Position) -> None:
     if announced != position.digest:
         raise PolicyRefused(
@@ -307,8 +366,12 @@ def _require_round(number: int, seat: Seat, ports: Ports) -> None:
 
 
 def _adapter_file(position: Position, ports: Ports) -> Path:
+    """The adapter for the worker, which reads it at once: it need not outlive a power cut."""
     path = ports.work / "adapter.f32"
-    write_durably(path, adapter_bytes(position.adapter), mode=0o600)
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(position.adapter.astype("<f4", copy=False).data)
     return path
 
 
@@ -323,7 +386,7 @@ def _erase_words(seat: Seat, ports: Ports) -> None:
 def _uniform(number: int, seat: Seat) -> codec.Uniform:
     if seat.charter.private or seat.charter.seed is None:
         return codec.secure_uniform()
-    label = f"foedus/rounding/1|{seat.charter.seed}|{seat.org}|{number}"
+    label = f"foedus/rounding/1|{seat.charter.seed}|{seat.org}|{seat.charter.draw_number(number)}"
     return codec.seeded_uniform(hashlib.sha256(label.encode()).digest())
 
 

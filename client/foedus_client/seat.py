@@ -21,41 +21,24 @@ from foedus_client.policy import Policy
 from foedus_client.state import ClientState
 from foedus_client.work import Setup, StepTermsTask, Tick, WorkerPort
 
-PHASE = "train"
-"""The phase in the coding key. Other phases belong to later versions."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Everything about a run that does not change from round to round.
+class Course:
+    """A run as far as replaying it goes: what its sums mean, and how they turn into the next adapter.
 
     Attributes:
         org: Our own id, one of the charter's participants.
-        run: The run's id, from the first offer.
-        namespace: The unit namespace that the run draws on, by our own policy.
-        setup: What the worker has to hold for this run.
-        check: Steps 1 to 12 of ``docs/protocol.md`` section 2, given everyone's signatures and whether what follows
-            spends a round's budget. It raises and returns nothing.
+        run: The run's id, from the first offer; part of the coding keys.
     """
 
     charter: Charter
     org: str
     run: str
-    federation: str
-    operator_key: str
-    namespace: str
-    setup: Setup
-    check: Callable[[Agreement, bool], None]
 
     @cached_property
     def digest(self) -> str:
         """The charter's digest."""
         return self.charter.digest
-
-    @cached_property
-    def me(self) -> Participant:
-        """Our constants."""
-        return self.charter.participant(self.org)
 
     @cached_property
     def coding(self) -> Coding:
@@ -66,6 +49,33 @@ class Seat:
     def rule(self) -> Rule:
         """How the sum turns into the next adapter."""
         return self.charter.rule()
+
+    def weights(self, orgs: list[str]) -> list[float]:
+        """w_i / max w of some participants, in their order."""
+        return [self.charter.relative_weight(org) for org in orgs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat(Course):
+    """Everything about a run that does not change from round to round.
+
+    Attributes:
+        namespace: The unit namespace that the run draws on, by our own policy.
+        setup: What the worker has to hold for this run.
+        check: Steps 1 to 12 of ``docs/protocol.md`` section 2, given everyone's signatures and whether what follows
+            spends a round's budget. It raises and returns nothing.
+    """
+
+    federation: str
+    operator_key: str
+    namespace: str
+    setup: Setup
+    check: Callable[[Agreement, bool], None]
+
+    @cached_property
+    def me(self) -> Participant:
+        """Our constants."""
+        return self.charter.participant(self.org)
 
     @property
     def terms(self) -> StepTermsTask:
@@ -84,10 +94,6 @@ class Seat:
         term = self.charter.evaluation
         due = last or after % term.every == 0
         return term.term == "plain" and due and 0 <= after <= self.charter.privacy.rounds
-
-    def weights(self, orgs: list[str]) -> list[float]:
-        """w_i / max w of some participants, in their order."""
-        return [self.charter.relative_weight(org) for org in orgs]
 
 
 def take_seat(
@@ -135,23 +141,39 @@ def _no_tick() -> None:
     return None
 
 
+def _say_nothing(what: str) -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Ports:
-    """What a round reaches for. Everything that leaves goes through `gate`; `pull` only fetches.
+class Sources:
+    """What a replay reaches for. Nothing leaves through it.
 
     Attributes:
         pull: Fetch a file by digest into `store` and return its path; at once where the store has it. The second
             argument is the longest that it may be, in bytes: a coordinator must not fill our disk or memory.
         work: Folder shared with the worker; nothing in it outlives a run.
-        clock: Unix seconds of the coordinator's clock.
+        tick: Called between two steps of long work; it may end it by an exception.
     """
 
     state: ClientState
-    ledger: Ledger
     store: FileStore
     pull: Callable[[str, int], Path]
-    gate: Gate
-    worker: WorkerPort
     work: Path
     tick: Tick = _no_tick
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports(Sources):
+    """What a round reaches for. Everything that leaves goes through `gate`.
+
+    Attributes:
+        clock: Unix seconds of the coordinator's clock.
+        doing: Takes one line of what is done now, for `foedus client status`.
+    """
+
+    ledger: Ledger
+    gate: Gate
+    worker: WorkerPort
     clock: Callable[[], float] = time.time
+    doing: Callable[[str], None] = _say_nothing

@@ -13,6 +13,7 @@ import torch
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
 from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
+from foedus_protocols.files import disk_errors
 from foedus_protocols.layout import attention_layout
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
 from foedus_protocols.messages import Scores
@@ -116,7 +117,9 @@ class Session:
         result = training.private_vector(
             self._adapter, self._data.train, terms=terms, rng=rng, noise=self._table(terms)
         )
-        result.vector.astype("<f4", copy=False).tofile(task.output)
+        output = Path(task.output)
+        with disk_errors(output):
+            output.write_bytes(result.vector.astype("<f4", copy=False).data)
         return TrainReply(
             figures={
                 "sampled_units": result.sampled_units,
@@ -132,6 +135,17 @@ class Session:
         self._load_adapter(task.adapter)
         loss_sum, tokens, units = training.score(self._adapter, self._data.heldout, task.max_records)
         return EvaluateReply(scores=Scores(loss_sum=loss_sum, tokens=tokens, units=units) if units else None)
+
+    def unit_norms(self, count: int) -> list[float]:
+        """L2 norms of the first units' gradients at B = 0, before clipping.
+
+        They are statistics of the data, for public data only. Each unit's first `max_records_per_unit` records stand
+        for it.
+        """
+        self._adapter.load_vector(np.zeros(training.vector_length(self._adapter), np.float32))
+        most = self._setup.max_records_per_unit
+        chosen = [unit.records[:most] for unit in self._data.train[:count]]
+        return [float(np.linalg.norm(training.unit_gradient(self._adapter, records))) for records in chosen]
 
     def _load_adapter(self, path: str) -> None:
         vector = np.fromfile(path, dtype="<f4").astype(np.float32)

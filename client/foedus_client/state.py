@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +23,9 @@ from typing import Literal
 from foedus_protocols.errors import StateError, VerificationError
 from foedus_protocols.messages import ClosedRound, Scores
 
-CharterState = Literal["offered", "approved", "declined", "refused", "signed", "agreed", "closed"]
+from foedus_client.database import Database
+
+CharterState = Literal["offered", "approved", "declined", "refused", "signed", "agreed", "left", "closed"]
 Receipt = dict[str, object]
 
 _SCHEMA = """
@@ -57,7 +57,7 @@ class CharterRecord:
         digest: The charter's digest, also the name of its file in the store.
         run: The coordinator's name for the run, fixed at the first offer.
         state: offered (nobody decided), approved or declined (a person did), refused (a check failed), signed, agreed
-            (everybody signed), closed.
+            (everybody signed), left (a person took us out of the run), closed.
         refused_step: The number of the failed check: what left of a refusal.
         reason: The refusal's or the ending's text, which stays here.
         checked: The sensitivity and noise checks of this run have passed.
@@ -101,47 +101,16 @@ class Departure:
     rule: str
 
 
-class ClientState:
+class ClientState(Database):
     """The daemon's durable memory. Every method is one transaction; nothing is cached.
 
     Guarantees:
-        When a method returns, what it wrote survives a kill of the process and a power cut (WAL, synchronous = FULL).
         `save_words` keeps the first digest of a round for ever: a second one is refused, so two sets of words of one
         round can never both leave.
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._db.close()
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._db
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
-    # Facts: single values by name.
-
-    def fact(self, name: str) -> str | None:
-        """A remembered value, or None."""
-        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row["value"])
-
-    def remember(self, name: str, value: str) -> None:
-        """Set a value."""
-        with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+        super().__init__(path, _SCHEMA)
 
     def next_sequence(self) -> int:
         """The next number for an envelope of ours: strictly increasing, also across restarts."""
@@ -155,7 +124,7 @@ class ClientState:
 
     def answer_to(self, message: str) -> bytes | None:
         """The answer that was given to a message (by its digest), to be sent again as it is."""
-        row = self._db.execute("SELECT answer FROM mail WHERE message = ?", (message,)).fetchone()
+        row = self._one("SELECT answer FROM mail WHERE message = ?", message)
         return None if row is None else bytes(row["answer"])
 
     def require_unused(self, sequence: int) -> None:
@@ -164,7 +133,7 @@ class ClientState:
         Raises:
             VerificationError: One was: numbers are used once.
         """
-        if self._db.execute("SELECT 1 FROM mail WHERE sequence = ?", (sequence,)).fetchone() is not None:
+        if self._one("SELECT 1 FROM mail WHERE sequence = ?", sequence) is not None:
             raise VerificationError(f"expected a message with a number of its own, got a second one with {sequence}")
 
     def save_answer(self, message: str, sequence: int, answer: bytes) -> bytes:
@@ -212,7 +181,7 @@ class ClientState:
         """
         if len(digest) < 4 or not set(digest) <= set("0123456789abcdef"):
             raise StateError(f"expected at least four hexadecimal characters of a charter's digest, got {digest!r}")
-        rows = self._db.execute("SELECT * FROM charters WHERE digest LIKE ? || '%'", (digest,)).fetchall()
+        rows = self._all("SELECT * FROM charters WHERE digest LIKE ? || '%'", digest)
         if len(rows) != 1:
             raise StateError(
                 f"expected one charter that begins with {digest[:12]}, found {len(rows)}; "
@@ -222,11 +191,11 @@ class ClientState:
 
     def knows(self, digest: str) -> bool:
         """Whether this charter was ever offered here."""
-        return self._db.execute("SELECT 1 FROM charters WHERE digest = ?", (digest,)).fetchone() is not None
+        return self._one("SELECT 1 FROM charters WHERE digest = ?", digest) is not None
 
     def charters(self) -> list[CharterRecord]:
         """Every charter, oldest first."""
-        rows = self._db.execute("SELECT * FROM charters ORDER BY offered_at, digest").fetchall()
+        rows = self._all("SELECT * FROM charters ORDER BY offered_at, digest")
         return [_charter(row) for row in rows]
 
     def decide(self, digest: str, *, approve: bool, reason: str = "") -> CharterRecord:
@@ -258,13 +227,22 @@ class ClientState:
         """Everybody has signed."""
         self._set(digest, "state = 'agreed', agreement = ?", (agreement,))
 
+    def mark_left(self, digest: str, reason: str) -> None:
+        """A person took us out of the run; nothing brings us back into it, and its end does not make that forgotten."""
+        self.remember(f"left:{digest}", reason)
+        self._set(digest, "state = 'left', reason = ?", (reason,))
+
+    def was_left(self, digest: str) -> bool:
+        """Whether a person took us out of this charter's run, also long ago."""
+        return self.fact(f"left:{digest}") is not None
+
     def mark_checked(self, digest: str) -> None:
         """The sensitivity and noise checks passed for this run."""
         self._set(digest, "checked = 1", ())
 
     def mark_closed(self, digest: str, reason: str) -> None:
         """The run is over; where we said no ourselves, our own reason stays."""
-        kept = "CASE WHEN state IN ('refused', 'declined') THEN reason ELSE ? END"
+        kept = "CASE WHEN state IN ('refused', 'declined', 'left') THEN reason ELSE ? END"
         self._set(digest, f"state = 'closed', reason = {kept}", (reason,))
 
     def _set(self, digest: str, assignment: str, values: tuple[object, ...]) -> None:
@@ -278,7 +256,7 @@ class ClientState:
 
     def history(self, charter: str) -> list[ClosedRound]:
         """The entries that were replayed and found right, oldest first."""
-        rows = self._db.execute("SELECT entry FROM history WHERE charter = ? ORDER BY position", (charter,)).fetchall()
+        rows = self._all("SELECT entry FROM history WHERE charter = ? ORDER BY position", charter)
         return [ClosedRound.model_validate(json.loads(row["entry"])) for row in rows]
 
     def append_history(self, charter: str, position: int, entry: ClosedRound) -> None:
@@ -300,7 +278,7 @@ class ClientState:
 
     def round(self, charter: str, number: int) -> RoundRecord | None:
         """What is known of a round, or None."""
-        row = self._db.execute("SELECT * FROM rounds WHERE charter = ? AND round = ?", (charter, number)).fetchone()
+        row = self._one("SELECT * FROM rounds WHERE charter = ? AND round = ?", charter, number)
         return None if row is None else _round(row)
 
     def save_words(self, charter: str, number: int, *, digest: str, size: int) -> None:
@@ -317,7 +295,7 @@ class ClientState:
 
     def scores(self, charter: str, after: int) -> tuple[bool, Scores | None]:
         """Whether the adapter after so many closed rounds was scored, and the scores (None: nothing is held out)."""
-        row = self._db.execute("SELECT scores FROM scores WHERE charter = ? AND after = ?", (charter, after)).fetchone()
+        row = self._one("SELECT scores FROM scores WHERE charter = ? AND after = ?", charter, after)
         if row is None or row["scores"] is None:
             return row is not None, None
         return True, Scores.model_validate(json.loads(row["scores"]))
@@ -335,11 +313,7 @@ class ClientState:
 
     def mark_last_scored(self, charter: str, after: int) -> int:
         """Note that the run's last scores are asked for; the first call stands, and its number is returned."""
-        name = f"last-scored:{charter}"
-        with self._write() as db:
-            db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, str(after)))
-        stored = self.last_scored(charter)
-        return after if stored is None else stored
+        return int(self.remember_first(f"last-scored:{charter}", str(after)))
 
     def save_receipt(self, charter: str, number: int, receipt: Receipt) -> None:
         """Keep the coordinator's receipt for a round's words."""
@@ -349,9 +323,17 @@ class ClientState:
                 (json.dumps(receipt, sort_keys=True), charter, number),
             )
 
+    def restore_round(self, charter: str, number: int, *, words: str, size: int, receipt: Receipt) -> None:
+        """Take over a round that this memory forgot, from the coordinator's receipt; what is known stays as it is."""
+        with self._write() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO rounds VALUES (?, ?, ?, ?, ?)",
+                (charter, number, words, size, json.dumps(receipt, sort_keys=True)),
+            )
+
     def rounds(self, charter: str) -> list[RoundRecord]:
         """Every round of a charter that left a trace here."""
-        rows = self._db.execute("SELECT * FROM rounds WHERE charter = ? ORDER BY round", (charter,)).fetchall()
+        rows = self._all("SELECT * FROM rounds WHERE charter = ? ORDER BY round", charter)
         return [_round(row) for row in rows]
 
     # Departures.
@@ -374,11 +356,13 @@ class ClientState:
 
     def departures(self, *, kind: str | None = None, since: float = 0.0) -> list[Departure]:
         """What left since a moment, oldest first."""
-        rows = self._db.execute(
+        rows = self._all(
             "SELECT at, kind, charter, round, digest, bytes, rule FROM departures "
             "WHERE at >= ? AND (? IS NULL OR kind = ?) ORDER BY id",
-            (since, kind, kind),
-        ).fetchall()
+            since,
+            kind,
+            kind,
+        )
         return [Departure(**dict(row)) for row in rows]
 
 

@@ -3,7 +3,8 @@
 ``python -m foedus_client.worker FD PARENT`` answers on one end of a socket pair until the other end closes. A `train`
 or `evaluate` task becomes a Flower `Message` for the `ClientApp` of `app.py`; `setup` and `check` are between the
 daemon and its worker alone. Messages are JSON of bounded length, never pickle. When the daemon dies, so does the
-worker, also in the middle of a step: two workers must not write into one work folder.
+worker, also in the middle of a step and also a frozen one (the kernel sees to it), and the next worker begins when the
+folder's lock is free: two workers must not write into one work folder.
 
 An error of our own tree crosses with its text, which by the house's rule holds no record. Of any other exception only
 the class crosses, and the log gets the stack without its message: a library's text may quote what it choked on.
@@ -14,9 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -28,13 +27,15 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from foedus_protocols.errors import FoedusError, PolicyRefused, StateError
+from foedus_protocols.files import disk_trouble
+from foedus_protocols.logs import frames_of, setup
 
 from foedus_client.app import body_of, build_app, content_of
 from foedus_client.session import Session, set_threads
+from foedus_client.tether import alone, leave_with
 from foedus_client.work import MAX_TASK_BYTES, CheckTask, EvaluateTask, Reply, Request, Setup, Task, TrainTask
 
 _LOG = logging.getLogger("foedus.worker")
-_WATCH_SECONDS = 1.0
 _TTL_SECONDS = 86_400.0
 
 
@@ -56,8 +57,9 @@ class Worker:
         except FoedusError as error:
             return Reply(error=type(error).__name__, text=str(error)).encode()
         except Exception as error:  # The daemon is told the class; the process lives on.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            _LOG.error("unexpected %s\n%s", type(error).__name__, frames)
+            if isinstance(error, OSError) and (trouble := disk_trouble(error, self._work)) is not None:
+                return Reply(error=type(trouble).__name__, text=str(trouble)).encode()
+            _LOG.error("unexpected: %s", frames_of(error))
             text = f"the worker stopped with an unexpected {type(error).__name__}; see worker.log"
             return Reply(error="RoundFailed", text=text).encode()
         return Reply(body=body.decode()).encode()
@@ -109,23 +111,13 @@ def serve(connection: Connection, answer: Callable[[bytes], bytes]) -> None:
             return
 
 
-def leave_with(parent: int) -> None:
-    """End this process soon after `parent` is no longer its parent."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
 def main(arguments: list[str]) -> int:
     """Serve on a socket's descriptor, for as long as the process that is named beside it lives."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    setup()
     leave_with(int(arguments[1]))
     set_threads()
-    serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
+    with alone(Path.cwd()):
+        serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
     return 0
 
 

@@ -12,12 +12,14 @@ import socket
 import subprocess  # nosec B404
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
 from foedus_protocols import errors
 from foedus_protocols.errors import FoedusError, PolicyRefused, RoundFailed
+from foedus_protocols.files import DiskTrouble, disk_errors
 
 from foedus_client.work import (
     MAX_TASK_BYTES,
@@ -38,7 +40,7 @@ from foedus_client.work import (
 _LOG = logging.getLogger("foedus.client")
 _WAIT_SECONDS = 1.0
 _STOP_SECONDS = 5.0
-_ATTEMPTS = 2
+_ATTEMPTS = 4  # A task that kills its process each time (memory) is given up; one that was killed from outside is not.
 
 # What a worker may know of its surroundings. Proxies, tokens and the like are not in the list.
 _ENVIRONMENT = (
@@ -93,7 +95,7 @@ class WorkerProcess:
         return self._ask(setup, "evaluate", task, EvaluateReply, tick)
 
     def stop(self) -> None:
-        """End the child; it is killed if it does not leave by itself."""
+        """End the child; it is killed if it does not leave by itself, as a frozen one does not."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
@@ -147,8 +149,12 @@ class WorkerProcess:
             "MALLOC_MMAP_THRESHOLD_": "1000000000",
             "MALLOC_TRIM_THRESHOLD_": "1000000000",
         }
-        stderr = None if self._stderr is None else self._stderr.open("ab")
-        try:
+        with ExitStack() as stack:
+            stack.callback(theirs.close)
+            stack.enter_context(disk_errors(self._work))
+            stderr = None if self._stderr is None else stack.enter_context(self._stderr.open("ab"))
+            # Until the descriptor has another owner it is closed here.
+            kept = stack.enter_context(closing(ours))
             # This program's own module, without a shell.
             self._process = subprocess.Popen(  # nosec B603
                 [*self._command, str(theirs.fileno()), str(os.getpid())],
@@ -159,11 +165,7 @@ class WorkerProcess:
                 env=environment,
                 cwd=self._work,
             )
-        finally:
-            theirs.close()
-            if stderr is not None:
-                stderr.close()
-        self._connection = Connection(ours.detach())
+            self._connection = Connection(kept.detach())
 
     def _exchange(self, kind: str, task: Task, answer: type[R], tick: Tick) -> R:
         connection = self._connection
@@ -182,12 +184,14 @@ class WorkerProcess:
             self.stop()
             raise
         if reply.error is not None:
-            raise _error_of(reply)
+            raise error_of(reply)
         return answer.decode((reply.body or "").encode())
 
 
-def _error_of(reply: Reply) -> FoedusError:
+def error_of(reply: Reply) -> FoedusError:
     """The worker's error, as the same class of the tree."""
+    if reply.error == DiskTrouble.__name__:
+        return DiskTrouble(reply.text)
     kind = getattr(errors, reply.error or "", FoedusError)
     if not (isinstance(kind, type) and issubclass(kind, FoedusError)):
         return FoedusError(reply.text)

@@ -2,7 +2,7 @@
 
 coordinator.toml    the settings below
 keys/               operator.pem (Ed25519), ca.pem and tls.pem (P-256), each readable by the owner alone
-ca.crt              the federation's certificate authority, which organisations pin by fingerprint
+ca.crt              the federation's certificate authority, which organisations pin by fingerprint (`authorities.py`)
 coordinator.crt     the certificate of both ports, with the CA's behind it
 coordinator.db      everything that has to survive (`storage.py`), unless `database` names another
 files/  vectors/    what organisations pull, and what they pushed (`foedus_protocols.store`)
@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from foedus_protocols.certificates import CertificateAuthority, parse_certificate
+from foedus_protocols.certificates import CertificateAuthority, half_life, parse_certificate, parse_certificates
 from foedus_protocols.channel import TlsFiles
 from foedus_protocols.errors import ConfigError, StateError
 from foedus_protocols.files import write_durably
@@ -36,15 +37,18 @@ from foedus_protocols.identity import (
     load_signing_key,
     load_tls_key,
     save_key,
+    spki_fingerprint,
 )
 from foedus_protocols.store import FileStore
 
+from foedus_coordinator.authorities import Authorities
 from foedus_coordinator.mailbox import Mailbox
 from foedus_coordinator.members import Members
 from foedus_coordinator.storage import Storage, open_storage
 
 HOME_VARIABLE = "FOEDUS_COORDINATOR_HOME"
 DEFAULT_HOME = Path("foedus-coordinator")
+_PATIENCE_SECONDS = 1.0
 _TEMPLATE = """\
 # Settings of a Foedus coordinator. `foedus coordinator up` reads them at its start.
 
@@ -96,7 +100,7 @@ class Config:
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{source}: expected TOML, got: {error}") from error
         types = {item.name: int if item.type == "int" else str for item in fields(cls)}
         wrong = [name for name, value in values.items() if type(value) is not types.get(name)]
@@ -134,9 +138,9 @@ class Home:
         home = cls(part)
         save_key(home.key_path("operator"), generate_signing_key())
         save_key(home.key_path("tls"), generate_tls_key())
-        CertificateAuthority.create(config.federation).save(part / "ca.crt", home.key_path("ca"))
-        home.renew_certificate()
+        home.authorities.found(config.federation)
         home.members.found(config.federation, home.operator_key)
+        home.renew_certificate()
         home.storage.close()
         part.rename(root)
         return cls(root)
@@ -190,10 +194,23 @@ class Home:
         """What signs charters, rosters, messages, receipts and manifests."""
         return load_signing_key(self.key_path("operator"))
 
-    @cached_property
+    @property
+    def authorities(self) -> Authorities:
+        """The federation's CAs."""
+        return Authorities(self.root)
+
+    @property
     def authority(self) -> CertificateAuthority:
-        """The federation's CA."""
-        return CertificateAuthority.load(self.root / "ca.crt", self.key_path("ca"))
+        """The CA that signs members' certificates: the newest."""
+        return self.authorities.newest()
+
+    @property
+    def shown_ca(self) -> str:
+        """The fingerprint of the CA under which the ports show their certificate: what a joining organisation pins.
+
+        It stands behind the ports' own certificate in the same file.
+        """
+        return spki_fingerprint(parse_certificates(self.tls.certificate.read_bytes())[-1])
 
     @property
     def tls(self) -> TlsFiles:
@@ -204,20 +221,44 @@ class Home:
         """Where a private key lies."""
         return self.root / "keys" / f"{name}.pem"
 
-    def renew_certificate(self) -> bool:
-        """Issue the ports' certificate anew once half of its life is over; returns whether that was so."""
-        path = self.root / "coordinator.crt"
-        if path.exists():
-            current = parse_certificate(path.read_bytes())
-            half = current.not_valid_before_utc + (current.not_valid_after_utc - current.not_valid_before_utc) / 2
-            if datetime.now(UTC) < half:
-                return False
-        key = load_tls_key(self.key_path("tls"))
-        chain = self.authority.issue_server_certificate(
-            key.public_key(), federation=self.config.federation, hosts=[self.config.address]
-        )
-        write_durably(path, chain)
+    def renew_certificate(self, *, now: datetime | None = None) -> bool:
+        """Issue the ports' certificate anew once half of its life is over, or once a newer CA is to sign it.
+
+        A newer CA takes over when every member has said that it trusts it: one that does not could no longer connect.
+        It is never given back to an older one. Cheap enough to be asked every few seconds.
+
+        Args:
+            now: The moment to judge by and to issue at; the present where absent.
+
+        Returns:
+            Whether a certificate was issued. The ports show it to the next connection; open ones go on.
+        """
+        authorities = self.authorities.all()
+        signers = [one for one in authorities if not self.who_distrusts(one.fingerprint)]
+        signer = signers[-1] if signers else authorities[0]
+        if self.tls.certificate.exists():
+            shown = self.shown_ca
+            position = next((at for at, one in enumerate(authorities) if one.fingerprint == shown), -1)
+            if position >= authorities.index(signer):
+                due = half_life(parse_certificate(self.tls.certificate.read_bytes()))
+                if (now or datetime.now(UTC)) < due:
+                    return False
+                signer = authorities[position]
+        self.show_under(signer, now=now)
         return True
+
+    def show_under(self, signer: CertificateAuthority, *, now: datetime | None = None) -> None:
+        """Issue the ports' certificate by one of the CAs."""
+        key = load_tls_key(self.key_path("tls"))
+        chain = signer.issue_server_certificate(
+            key.public_key(), federation=self.config.federation, hosts=[self.config.address], now=now
+        )
+        write_durably(self.tls.certificate, chain)
+
+    def who_distrusts(self, fingerprint: str) -> list[str]:
+        """Members that have not said in hello that they trust the CA with this fingerprint."""
+        said = self.members.introductions()
+        return sorted(org for org, one in said.items() if one is None or fingerprint not in one.trusts)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -228,21 +269,31 @@ class Home:
         """
         descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StateError(f"expected no coordinator to run in {self.root}, another process does") from error
+            # Whoever only looks (`is_locked`) is gone in a moment, and must not keep a coordinator from starting.
+            patient_until = time.monotonic() + _PATIENCE_SECONDS
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() > patient_until:
+                    raise StateError(f"expected no coordinator to run in {self.root}, another process does")
+                time.sleep(0.02)
             yield
         finally:
             os.close(descriptor)
 
     def is_locked(self) -> bool:
         """Whether a coordinator serves from this home."""
+        descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            with self.locked():
-                return False
-        except StateError:
-            return True
+            return not _try_lock(descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def at(host: str, port: int) -> str:

@@ -75,6 +75,18 @@ def losses(scores: dict[int, dict[str, Scores]]) -> list[Loss]:
     return points
 
 
+def lowest(curve: list[Loss]) -> Loss:
+    """The point with the lowest loss; of equals the latest, which was trained on most."""
+    return min(reversed(curve), key=lambda point: point.loss)
+
+
+def loss_at(curve: list[Loss], after: int | None) -> float | None:
+    """The loss after so many closed rounds, where it was measured; without a number the newest one."""
+    if after is None:
+        return curve[-1].loss if curve else None
+    return next((point.loss for point in curve if point.after == after), None)
+
+
 def add_seconds(connection: Connection, run: str, number: int, phase: str, seconds: float) -> None:
     """Add to what a phase of a round took; a resumed phase adds up."""
     at = (timings.c.run == run, timings.c.round == number, timings.c.phase == phase)

@@ -7,6 +7,7 @@ signature holds, is decided before anything arrives here (`service.py`).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,22 @@ class Mailbox:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._changed = threading.Condition()
+        self._generation = 0
+
+    @property
+    def generation(self) -> int:
+        """Counts what this process queued; hand it to `wait` to miss nothing."""
+        return self._generation
+
+    def wait(self, seconds: float, *, since: int) -> None:
+        """Sleep until something was queued after `since`, or `seconds` are over.
+
+        Every organisation waits here: were all of them woken by every commit, a round of n organisations would look
+        into the database n times n times.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._generation != since, timeout=max(0.0, seconds))
 
     def queue(self, questions: Mapping[Question, Callable[[int], tuple[str, bytes]]]) -> list[str]:
         """Queue messages, all or none, except those that are queued already.
@@ -46,7 +63,11 @@ class Mailbox:
             The digests of the envelopes that are queued, in order; some may be earlier ones.
         """
         with self._storage.write() as connection:
-            return [_queue(connection, question, seal) for question, seal in questions.items()]
+            queued = [_queue(connection, question, seal) for question, seal in questions.items()]
+        with self._changed:
+            self._generation += 1
+            self._changed.notify_all()
+        return queued
 
     def next_open(self, org: str, *, skip: Collection[str] = ()) -> tuple[str, bytes] | None:
         """The oldest unanswered message for an organisation, except those in `skip`: digest and envelope."""

@@ -1,4 +1,4 @@
-"""A run as the coordinator lives it: agree, then round after round, then close. Read it from `execute` down.
+"""A run as the coordinator lives it: agree, round after round, close (`closing.py`). Read it from `execute` down.
 
 Every step reads where the run is from the database, does its part, and writes down that it did before anyone acts on
 it. A step that finds its work done returns at once. So a coordinator that was killed runs `execute` again and goes on,
@@ -13,24 +13,21 @@ from __future__ import annotations
 
 from foedus_protocols import codec
 from foedus_protocols.charter import verify_charter_signature
-from foedus_protocols.errors import RoundFailed, VerificationError
+from foedus_protocols.errors import VerificationError
 from foedus_protocols.messages import (
     AdvanceAnswer,
     AdvanceOrder,
     Agreement,
     CharterAnswer,
     CharterOffer,
-    CloseAnswer,
-    CloseNotice,
-    EvaluateAnswer,
-    EvaluateOrder,
     TrainAnswer,
     TrainOrder,
 )
 
 from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
-from foedus_coordinator.run import Outcome, Run, RunEnded
+from foedus_coordinator.closing import conclude, decide
+from foedus_coordinator.run import Run, RunEnded
 from foedus_coordinator.storage import RoundRow
 
 
@@ -40,7 +37,6 @@ def execute(run: Run) -> None:
     Raises:
         Interrupted: The coordinator shuts down; call again after the next start.
     """
-    started = run.clock()
     state = run.storage.run(run.id).state
     for row in run.storage.rounds(run.id):
         if row.state in ("closed", "failed"):
@@ -50,21 +46,20 @@ def execute(run: Run) -> None:
         if state == "agreeing":
             agree(run)
         if state in ("agreeing", "running"):
-            chain = catch_up(run)
+            chain = run.chain()
             while (number := next_round(run)) is not None:
-                play_round(run, number, chain, started)
-            outcome: Outcome = "complete" if chain.closed else "failed"
-            decide(run, outcome, f"{chain.closed} of {run.charter.privacy.rounds} rounds closed")
+                play_round(run, number, chain)
+            decide(run, "complete" if chain.closed else "failed", _tally(run))
     except RunEnded as end:
         decide(run, end.outcome, end.reason)
     if state != "finished":
         conclude(run)
 
 
-def play_round(run: Run, number: int, chain: Chain, started: float) -> None:
-    """One round, step by step; `started` is when this coordinator came up."""
+def play_round(run: Run, number: int, chain: Chain) -> None:
+    """One round, step by step."""
     offer(run, number, chain)
-    collect(run, number, started)
+    collect(run, number)
     add(run, number)
     advance(run, number, chain)
     confirm(run, number)
@@ -78,9 +73,10 @@ def agree(run: Run) -> None:
     """Offer the charter to every participant, and keep the file with all signatures once they are there.
 
     Raises:
-        RunEnded: Somebody refused, signed something else, or the charter expired first.
+        RunEnded: Somebody refused, signed something else, the charter expired first, or the run was stopped.
     """
-    run.wait(lambda: False, run.charter.not_before)
+    expires = run.charter.expires
+    run.wait(lambda: run.clock() >= run.charter.not_before, expires, heeding=True)
     signature = run.storage.run(run.id).operator_signature
     body = CharterOffer(charter_digest=run.charter.digest, operator_signature=signature)
     ids = run.ask("charter", dict.fromkeys(run.orgs, body))
@@ -92,7 +88,7 @@ def agree(run: Run) -> None:
             _record_signature(run, org, answers[org])
         return len(answers) == len(run.orgs)
 
-    if not run.wait(everyone_answered, run.charter.expires):
+    if not run.wait(everyone_answered, expires, heeding=True):
         missing = [org for org, (signed, _) in run.storage.signatures(run.id).items() if signed is None]
         raise RunEnded("failed", f"the charter expired before {', '.join(missing)} answered")
     signatures = {org: signed for org, (signed, _) in run.storage.signatures(run.id).items() if signed is not None}
@@ -102,37 +98,21 @@ def agree(run: Run) -> None:
     run.say(f"{run.id}: all {len(run.orgs)} organisations signed")
 
 
-def catch_up(run: Run) -> Chain:
-    """Replay the closed rounds.
-
-    Raises:
-        RoundFailed: The files on disk give another adapter than the one that was announced.
-    """
-    chain = Chain(run.charter, run=run.id, files=run.files)
-    for row in run.storage.rounds(run.id):
-        if row.state == "closed" and row.sum_digest is not None:
-            found = chain.advance(number=row.number, survivors=row.survivors, sum_digest=row.sum_digest)
-            if found != row.adapter_digest:
-                raise RoundFailed(
-                    f"expected the adapter {row.adapter_digest} after round {row.number} of {run.id}, its sums give "
-                    f"{found}; restore the coordinator's files, or use the version that wrote them"
-                )
-    return chain
-
-
 def next_round(run: Run) -> int | None:
     """The round that is open, else the next one, or None after the charter's last.
 
     Raises:
-        RunEnded: The charter has expired, or a short round ended the run.
+        RunEnded: The charter has expired, a short round ended the run, or the run was stopped.
     """
     rounds = run.storage.rounds(run.id)
     if rounds and rounds[-1].state not in ("closed", "failed"):
         return rounds[-1].number
+    run.heed()
     if rounds and rounds[-1].state == "failed" and run.charter.schedule.on_short_round == "end":
         raise RunEnded("stopped", rounds[-1].reason or "a round was short")
     if len(rounds) >= run.charter.privacy.rounds:
         return None
+    run.wait(lambda: run.storage.run(run.id).wish != "pause", run.charter.expires, heeding=True)
     if run.clock() > run.charter.expires:
         raise RunEnded("stopped", f"the charter expired after round {len(rounds)}")
     return len(rounds) + 1
@@ -155,18 +135,17 @@ def offer(run: Run, number: int, chain: Chain) -> None:
         _order(run, run.storage.round(run.id, number))
 
 
-def collect(run: Run, number: int, started: float) -> None:
+def collect(run: Run, number: int) -> None:
     """Wait for the vectors, then freeze whose are in: stored before anything is added, and never changed.
 
     Raises:
-        RunEnded: So many refused that `min_survivors` cannot be reached.
+        RunEnded: So many refused that `min_survivors` cannot be reached, or the run was stopped.
     """
     with run.timed(number, "train"):
         while run.storage.round(run.id, number).state == "offered":
+            run.presence.look()
             row = run.storage.round(run.id, number)
-            # A coordinator that was away past the deadline does not hold that against the organisations.
-            missed = row.deadline < started and len(_included(run, number)) < run.charter.masks.min_survivors
-            if missed or not _collect_attempt(run, row):
+            if _slept(run, row) or not _collect_attempt(run, row):
                 _reopen(run, row)
 
 
@@ -180,8 +159,8 @@ def add(run: Run, number: int) -> None:
         part = run.files.root / f"sum-{run.id}-{number}.part"
         part.unlink(missing_ok=True)
         paths = [run.vectors.path(digests[org]) for org in row.survivors]
-        codec.add_packed_files(paths, coding=run.charter.coding(), out=part)
-        digest = run.files.put(part, move=True)
+        digest = codec.add_packed_files(paths, coding=run.charter.coding(), out=part)
+        run.files.adopt(part, digest)
         run.allow(digest)
         run.storage.update_round(run.id, number, state="summed", sum_digest=digest)
 
@@ -199,8 +178,8 @@ def advance(run: Run, number: int, chain: Chain) -> None:
 def confirm(run: Run, number: int) -> None:
     """Tell everybody the sum, and compare the adapter that each computed from it.
 
-    Survivors are waited for until the round's deadline passes once more; a member that stays away compares when it is
-    back, before it trains again.
+    Survivors that are here are waited for, until the round's deadline passes once more; a member that is away compares
+    when it is back, before it trains again.
 
     Raises:
         RunEnded: Somebody computed another adapter.
@@ -219,7 +198,8 @@ def confirm(run: Run, number: int) -> None:
                 raise RunEnded(
                     "failed", f"after round {number} {', '.join(others)} computed another adapter than the coordinator"
                 )
-            return answers.keys() >= set(row.survivors)
+            stopped = run.storage.run(run.id).wish == "stop"
+            return stopped or answers.keys() >= set(row.survivors) & run.presence.here()
 
         run.wait(survivors_answered, run.clock() + run.charter.schedule.round_seconds)
         run.storage.update_round(run.id, number, state="closed")
@@ -232,70 +212,6 @@ def close_round(run: Run, number: int) -> None:
         row = run.storage.round(run.id, number)
         done = ", ".join(row.survivors) if row.state == "closed" else row.reason
         run.say(f"{run.id}: round {number} of {run.charter.privacy.rounds} {row.state} ({done})")
-
-
-# After the last round
-
-
-def decide(run: Run, outcome: Outcome, reason: str) -> None:
-    """Write down how the run ends, before anything acts on it."""
-    run.storage.update_run(run.id, state="closing", outcome=outcome, reason=reason)
-
-
-def conclude(run: Run) -> None:
-    """Score the last adapter where the charter allows it, write the variant, tell everybody, finish."""
-    row = run.storage.run(run.id)
-    for kind in ("charter", "train", "advance"):
-        run.mailbox.withdraw(run.id, only=kind)
-    abandon(run)
-    if row.outcome in ("complete", "stopped"):
-        chain = catch_up(run)
-        if chain.closed:
-            if run.charter.evaluation.term == "plain":
-                evaluate(run, chain)
-            folder = run.write_variant(run, chain)
-            run.storage.update_run(run.id, variant=str(folder))
-    tell(run, row.outcome or "failed", row.reason or "")
-    run.storage.update_run(run.id, state="finished", finished=run.clock())
-    run.say(f"{run.id}: {row.outcome} ({row.reason})")
-
-
-def abandon(run: Run) -> None:
-    """Fail the round that the run's end cut short, and erase its vectors."""
-    for other in run.storage.rounds(run.id):
-        if other.state not in ("closed", "failed"):
-            run.storage.update_round(run.id, other.number, state="failed", reason="the run ended")
-            run.storage.erase_vectors(run.id, other.number, run.vectors.delete)
-
-
-def evaluate(run: Run, chain: Chain) -> None:
-    """One round of scores without training: what the last adapter is worth."""
-    number = len(run.storage.rounds(run.id)) + 1
-    with run.timed(number, "evaluate"):
-        deadline = run.clock() + run.charter.schedule.round_seconds
-        body = EvaluateOrder(
-            charter_digest=run.charter.digest,
-            agreement_digest=run.agreement(),
-            round=number,
-            adapter_digest=chain.digest,
-            history_digest=run.publish(run.history()),
-            deadline=deadline,
-        )
-        ids = run.ask("evaluate", dict.fromkeys(run.orgs, body), round=number, attempt=1)
-        run.wait(lambda: len(run.answers(ids, EvaluateAnswer)) == len(run.orgs), deadline)
-        for org, answer in run.answers(ids, EvaluateAnswer).items():
-            if answer.scores is not None:
-                with run.storage.write() as connection:
-                    figures.add_scores(connection, run.id, chain.closed, org, answer.scores)
-        run.mailbox.withdraw(run.id, only="evaluate")
-
-
-def tell(run: Run, outcome: Outcome, reason: str) -> None:
-    """Give everybody the end of the run; who is away finds the notice when it is back."""
-    body = CloseNotice(charter_digest=run.charter.digest, outcome=outcome, reason=reason)
-    ids = run.ask("close", dict.fromkeys(run.orgs, body))
-    deadline = run.clock() + run.charter.schedule.round_seconds
-    run.wait(lambda: len(run.answers(ids, CloseAnswer)) == len(run.orgs), deadline)
 
 
 # How a round's vectors are waited for
@@ -331,16 +247,27 @@ def _collect_attempt(run: Run, row: RoundRow) -> bool:
             raise RunEnded("refused", f"round {row.number} was refused by {steps}")
         return len(answers) == len(run.orgs)
 
-    everyone = run.wait(everyone_answered, row.deadline)
+    # A clock that was set back since the offer does not prolong the round.
+    deadline = min(row.deadline, run.clock() + run.charter.schedule.round_seconds)
+    everyone = run.wait(everyone_answered, deadline, heeding=True)
     _keep_scores(run, row, ids)
-    short = None if run.charter.schedule.on_short_round == "wait" else _missing(run, row.number)
+    again = run.charter.schedule.on_short_round == "wait" or _slept(run, row)
+    short = None if again else _missing(run, row.number)
     if run.storage.freeze(run.id, row.number, at_least=enough, short=short):
         run.mailbox.withdraw(run.id, only="train")
         return True
     if everyone:
         # Everybody has answered and too few sent a vector: asking again at once would only go round in circles.
-        run.wait(lambda: False, row.deadline)
+        run.wait(lambda: False, deadline, heeding=True)
     return False
+
+
+def _slept(run: Run, row: RoundRow) -> bool:
+    """Whether too few vectors came, but the deadline passed while this coordinator was down, stopped or asleep.
+
+    That is not held against the organisations: the round is offered again, whatever the charter says of short ones.
+    """
+    return row.deadline < run.presence.since and len(_included(run, row.number)) < run.charter.masks.min_survivors
 
 
 def _reopen(run: Run, row: RoundRow) -> None:
@@ -360,6 +287,13 @@ def _reopen(run: Run, row: RoundRow) -> None:
 
 def _included(run: Run, number: int) -> set[str]:
     return {vector.org for vector in run.storage.vectors(run.id, number) if vector.verdict == "included"}
+
+
+def _tally(run: Run) -> str:
+    """How a run that went to its end came out, with what went wrong last."""
+    rows = run.storage.rounds(run.id)
+    failed = [f"; round {row.number} failed: {row.reason}" for row in rows if row.state == "failed"]
+    return f"{_closed(run)} of {run.charter.privacy.rounds} rounds closed" + (failed[-1] if failed else "")
 
 
 def _missing(run: Run, number: int) -> str:

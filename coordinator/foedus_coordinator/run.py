@@ -19,6 +19,7 @@ from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
 from foedus_coordinator.grid import LinkGrid
 from foedus_coordinator.mailbox import Mailbox
+from foedus_coordinator.presence import Presence
 from foedus_coordinator.storage import Storage
 
 Outcome = Literal["complete", "failed", "refused", "stopped"]
@@ -46,9 +47,11 @@ class Run:
     Attributes:
         files: What organisations pull: charter, agreement, histories, sums.
         vectors: What organisations pushed; nobody pulls from it.
+        presence: Who is there to be waited for.
         stop: Set when the coordinator shuts down.
         say: Takes one line of progress.
         write_variant: Writes the result and returns its folder (`variant.py`).
+        alive: Called whenever the run has got as far as to wait for somebody: whatever troubled it is over.
         clock: Unix seconds.
     """
 
@@ -59,9 +62,11 @@ class Run:
     grid: LinkGrid
     files: FileStore
     vectors: FileStore
+    presence: Presence
     stop: threading.Event
     say: Callable[[str], None]
     write_variant: Callable[[Run, Chain], Path]
+    alive: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.time
 
     @property
@@ -79,22 +84,49 @@ class Run:
         replies = self.grid.pull_messages(ids.values())
         return {self.grid.sender(reply): kind.decode(self.grid.body(reply)) for reply in replies}
 
-    def wait(self, done: Callable[[], bool], deadline: float) -> bool:
+    def wait(self, done: Callable[[], bool], deadline: float, *, heeding: bool = False) -> bool:
         """Wait until `done` or the deadline; returns whether it was done.
+
+        A clock that is set back meanwhile does not prolong the wait.
+
+        Args:
+            done: Looked at after every commit, and every second.
+            deadline: Unix seconds.
+            heeding: Whether a wish to stop the run ends the wait, as `heed` does.
 
         Raises:
             Interrupted: The coordinator shuts down.
+            RunEnded: Only where `heeding`.
         """
+        ends = time.monotonic() + deadline - self.clock()
         while True:
             since = self.storage.generation
             if self.stop.is_set():
                 raise Interrupted(self.id)
+            self.presence.look()
+            self.alive()
+            if heeding:
+                self.heed()
             if done():
                 return True
-            left = deadline - self.clock()
+            left = min(deadline - self.clock(), ends - time.monotonic())
             if left <= 0:
                 return False
             self.storage.wait(min(left, _POLL_SECONDS), since=since)
+
+    def heed(self) -> None:
+        """Look whether the run is to end before its time.
+
+        Raises:
+            RunEnded: Somebody asked for that, or a participant is no member any more.
+        """
+        row = self.storage.run(self.id)
+        if row.wish == "stop":
+            raise RunEnded("stopped", row.wish_reason or "the run was stopped")
+        if gone := self.presence.gone():
+            raise RunEnded(
+                "stopped", f"no longer a member of the federation under the charter's key: {', '.join(gone)}"
+            )
 
     def publish(self, body: Body) -> str:
         """Put a file where the participants may pull it; returns its digest."""
@@ -132,6 +164,25 @@ class Run:
             if row.state in ("advanced", "closed") and row.sum_digest is not None and row.adapter_digest is not None
         ]
         return History(charter_digest=self.charter.digest, rounds=closed)
+
+    def chain(self, closed: int | None = None) -> Chain:
+        """Replay the closed rounds, all of them or only the first `closed`.
+
+        Raises:
+            RoundFailed: The files on disk give another adapter than the one that was announced.
+        """
+        chain = Chain(self.charter, run=self.id, files=self.files)
+        for row in self.storage.rounds(self.id):
+            if chain.closed == closed:
+                break
+            if row.state == "closed" and row.sum_digest is not None:
+                found = chain.advance(number=row.number, survivors=row.survivors, sum_digest=row.sum_digest)
+                if found != row.adapter_digest:
+                    raise RoundFailed(
+                        f"expected the adapter {row.adapter_digest} after round {row.number} of {self.id}, its sums "
+                        f"give {found}; restore the coordinator's files, or use the version that wrote them"
+                    )
+        return chain
 
     @contextmanager
     def timed(self, number: int, phase: str) -> Iterator[None]:

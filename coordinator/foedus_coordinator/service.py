@@ -9,16 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from foedus_protocols.authorities import bundle_pem, fingerprints, sign_authorities
 from foedus_protocols.charter import Charter
 from foedus_protocols.enrolment import EnrolmentRequest, EnrolmentStatus, check_collect
 from foedus_protocols.envelope import open_envelope
 from foedus_protocols.errors import VerificationError
+from foedus_protocols.files import DiskTrouble
+from foedus_protocols.hello import MINOR, PROGRAM, PROTOCOL, HelloAnswer, HelloRequest, negotiate
 from foedus_protocols.identity import COORDINATOR, check_org_id, public_hex
 from foedus_protocols.messages import (
     AdvanceAnswer,
@@ -31,13 +34,14 @@ from foedus_protocols.messages import (
 from foedus_protocols.receipt import sign_receipt
 from foedus_protocols.roster import Roster
 from foedus_protocols.store import FileStore, Part
+from sqlalchemy.exc import SQLAlchemyError
 
-from foedus_coordinator import figures
+from foedus_coordinator import figures, receipts
+from foedus_coordinator.authorities import Authorities
 from foedus_coordinator.mailbox import Mailbox, Question
-from foedus_coordinator.members import Members, Request
+from foedus_coordinator.members import Introduced, Members, Request
 from foedus_coordinator.storage import Storage, Verdict
 
-PROTOCOL = 1
 _ANSWERS: dict[str, type[Body]] = {
     "charter": CharterAnswer,
     "train": TrainAnswer,
@@ -49,6 +53,9 @@ _ANSWERS: dict[str, type[Body]] = {
 # before the next round of another run. A new `hello` ends the pause, since it may come from a restarted daemon.
 _HANDED_OUT_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
+_SINCE_MINOR = 1  # Organisations that speak less know nothing of receipts, CAs and certificates in hello.
+# A member has a vector on its way in each run that it takes part in, and seldom more than one run at a time.
+_MOST_UNFINISHED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class EnrolmentDesk:
     members: Members
     federation: str
     operator_key: str
-    ca_pem: bytes
+    authorities: Authorities
     link_address: str
 
     def enrol(self, request: EnrolmentRequest) -> EnrolmentStatus:
@@ -83,7 +90,7 @@ class EnrolmentDesk:
             request_id=request.id,
             fingerprint=request.fingerprint,
             certificate_pem=request.certificate_pem,
-            ca_pem=self.ca_pem,
+            ca_pem=bundle_pem(self.authorities.trusted()),
             federation=self.federation,
             operator_key=self.operator_key,
             link_address=self.link_address,
@@ -97,6 +104,7 @@ class LinkDesk:
     storage: Storage
     mailbox: Mailbox
     members: Members
+    authorities: Authorities
     files: FileStore
     vectors: FileStore
     key: Ed25519PrivateKey
@@ -107,36 +115,71 @@ class LinkDesk:
     _charters: dict[str, Charter] = field(default_factory=dict)
     _handed: dict[str, dict[str, float]] = field(default_factory=dict)
     _seen: dict[str, float] = field(default_factory=dict)
-    _unfinished: dict[tuple[str, int, str], str] = field(default_factory=dict)
+    _unfinished: dict[str, dict[tuple[str, int], str]] = field(default_factory=dict)
 
     def check_member(self, org: str, leaf_serial: str) -> None:
-        """Refuse who is not in the newest roster."""
-        self._roster().member(org)
+        """Refuse who is not in the newest roster, or comes with a certificate that was revoked or never issued."""
+        self.members.gate.check(org, leaf_serial)
+        self._note(org)  # Also in the middle of a long transfer, so that nobody takes it for away.
 
-    def hello(self, org: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Introduce the coordinator: versions, roster, operator key and time."""
+    def hello(self, org: str, body: dict[str, Any], leaf_serial: str) -> dict[str, Any]:
+        """Introduce the coordinator: versions, roster, operator key and time; and what it has for this member.
+
+        Raises:
+            VerificationError: Malformed, another organisation's, or a version too far from ours.
+        """
+        said = HelloRequest.decode(body)
+        if said.org != org:
+            raise VerificationError(f"expected a hello of {org}, whose certificate this is, got another organisation's")
+        minor = negotiate(said, us="coordinator", them="organisation", minor=MINOR)
         with self._lock:
             self._handed.pop(org, None)
         self._note(org)
         signed = self.members.signed_roster()
-        return {
-            "protocol": PROTOCOL,
-            "version": version("foedus"),
-            "federation": self.federation,
-            "org": org,
-            "operator_key": public_hex(self.key),
-            "roster_digest": signed.roster.digest,
-            "roster_version": signed.roster.version,
-            "roster_signature": signed.signature,
-            "server_time": self.clock(),
-        }
+        answer = HelloAnswer(
+            protocol=PROTOCOL,
+            minor=MINOR,
+            version=PROGRAM,
+            federation=self.federation,
+            org=org,
+            operator_key=public_hex(self.key),
+            roster_digest=signed.roster.digest,
+            roster_version=signed.roster.version,
+            roster_signature=signed.signature,
+            server_time=self.clock(),
+        )
+        issued = self.members.certificate(leaf_serial)
+        issuer = "" if issued is None else issued.issuer
+        spoken = f"{said.protocol}.{said.minor}"
+        self.members.introduce(
+            org, Introduced(protocol=spoken, version=said.version, trusts=tuple(said.authorities), issuer=issuer)
+        )
+        if minor >= _SINCE_MINOR:
+            answer = answer.model_copy(update=self._news(org, said, leaf_serial))
+        return answer.encode()
+
+    def _news(self, org: str, said: HelloRequest, serial: str) -> dict[str, Any]:
+        """What a hello brings beyond the introduction: receipts, CAs, and a certificate or the word that one is due."""
+        with self.storage.read() as connection:
+            told, total = receipts.page(connection, org, said.receipts_from)
+        news: dict[str, Any] = {"receipts": told, "receipts_total": total}
+        trusted = self.authorities.trusted()
+        if set(said.authorities) != set(fingerprints(trusted)):
+            news["authorities"] = sign_authorities(self.key, self.federation, trusted)
+        if said.request is not None:
+            newest = self.authorities.newest()
+            certificate = self.members.renew(org, serial, said.request.encode(), authority=newest, now=self.clock())
+            return news | {"certificate": certificate.decode()}
+        held = self.members.certificate(serial)
+        outgoing = held is not None and len(trusted) > 1 and held.issuer != fingerprints(trusted)[-1]
+        return news | {"renew": held is not None and (outgoing or self.clock() > held.half_life)}
 
     def poll(self, org: str, wait_seconds: float) -> bytes | None:
         """The oldest message that waits for this organisation and was not handed out just now."""
         self._note(org)
         deadline = time.monotonic() + wait_seconds
         while True:
-            since = self.storage.generation
+            since = self.mailbox.generation
             found = self.mailbox.next_open(org, skip=self._recent(org))
             if found is not None:
                 digest, envelope = found
@@ -146,7 +189,7 @@ class LinkDesk:
             left = deadline - time.monotonic()
             if left <= 0:
                 return None
-            self.storage.wait(left, since=since)
+            self.mailbox.wait(left, since=since)
 
     def deliver(self, org: str, envelope: bytes) -> None:
         """Check an answer in full, and store it.
@@ -182,11 +225,8 @@ class LinkDesk:
             raise VerificationError(f"expected a vector of {expected} bytes in run {run}, got {size} announced")
         self.storage.round(run, number)
         self.storage.require_first_vector(run, number, org, digest)
-        with self._lock:
-            before = self._unfinished.get((run, number, org))
-            self._unfinished[run, number, org] = digest
-        if before is not None and before != digest:
-            self.vectors.drop_part(before)  # One vector a round: whoever begins another gives up the first.
+        for given_up in self._begin(org, (run, number), digest):
+            self.vectors.drop_part(given_up)
         return self.vectors.open_part(digest, size)
 
     def received(self, org: str, digest: str, size: int, context: dict[str, Any]) -> bytes:
@@ -206,6 +246,8 @@ class LinkDesk:
                 time=int(self.clock()),
             ).encode()
 
+        with self._lock:
+            self._unfinished.get(org, {}).pop((run, number), None)
         signed = self.storage.accept_vector(run=run, number=number, org=org, digest=digest, size=size, receipt=receipt)
         if self.storage.round(run, number).state in ("closed", "failed"):
             self.storage.erase_vectors(run, number, self.vectors.delete)
@@ -226,6 +268,22 @@ class LinkDesk:
             with self.storage.write() as connection:
                 figures.count_bytes(connection, run, org, down=path.stat().st_size)
         return path
+
+    def _begin(self, org: str, place: tuple[str, int], digest: str) -> list[str]:
+        """Note that a vector is on its way in, and name the unfinished ones that it puts an end to.
+
+        One vector a round: whoever begins another gives up the first. And a few in all: whoever begins one after the
+        other and finishes none must not fill the disk.
+        """
+        with self._lock:
+            mine = self._unfinished.setdefault(org, {})
+            given_up = [mine.pop(place)] if mine.get(place, digest) != digest else []
+            mine.pop(place, None)
+            mine[place] = digest
+            while len(mine) > _MOST_UNFINISHED:
+                given_up.append(mine.pop(next(iter(mine))))
+            wanted = {one for unfinished in self._unfinished.values() for one in unfinished.values()}
+        return [one for one in given_up if one not in wanted]
 
     def _roster(self) -> Roster:
         """The newest roster; parsed once for each version."""
@@ -251,10 +309,12 @@ class LinkDesk:
             return list(handed)
 
     def _note(self, org: str) -> None:
+        """Note when a member was heard of: for people and for waits, so that a full disk is no reason to refuse it."""
         now = self.clock()
         if now - self._seen.get(org, 0.0) > _SEEN_SECONDS:
             self._seen[org] = now
-            self.members.seen(org, now)
+            with suppress(SQLAlchemyError, DiskTrouble):
+                self.members.seen(org, now)
 
 
 def _context(context: dict[str, Any]) -> tuple[str, int]:

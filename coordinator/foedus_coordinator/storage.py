@@ -14,19 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from foedus_protocols.errors import StateError
-from sqlalchemy import Connection, Engine, Row, create_engine, event, func, inspect, select, text
-from sqlalchemy.engine import make_url
+from sqlalchemy import Connection, Engine, Row, func, select
 
+from foedus_coordinator.database import open_engine
 from foedus_coordinator.figures import count_bytes, publish
 from foedus_coordinator.tables import participants, rounds, runs, vectors
-
-SCHEMA_VERSION = "0002"
-_MIGRATIONS = Path(__file__).parent / "migrations"
-_BUSY_SECONDS = 30
 
 RunState = Literal["agreeing", "running", "closing", "finished"]
 RoundState = Literal["offered", "frozen", "summed", "advanced", "closed", "failed"]
@@ -137,8 +132,9 @@ class Storage:
         base_config: bytes,
         orgs: list[str],
         files: list[str],
+        extends: str | None = None,
     ) -> None:
-        """Start a run: from here on the executor finds it.
+        """Start a run, perhaps one that goes on from an ended one: from here on the executor finds it.
 
         Raises:
             StateError: A run of this name, and so of this charter, exists.
@@ -154,6 +150,7 @@ class Storage:
                     base_config=base_config,
                     state="agreeing",
                     created=time.time(),
+                    extends=extends,
                 )
             )
             connection.execute(participants.insert(), [{"run": run, "org": org} for org in orgs])
@@ -169,7 +166,7 @@ class Storage:
         with self.read() as connection:
             row = connection.execute(select(runs).where(runs.c.id == run)).first()
         if row is None:
-            raise StateError(f"expected a run, but there is none named {run!r}; see `foedus coordinator run list`")
+            raise _no_run(run)
         return RunRow(**row._mapping)
 
     def runs(self) -> list[RunRow]:
@@ -181,6 +178,36 @@ class Storage:
         """Write some columns of a run."""
         with self.write() as connection:
             connection.execute(runs.update().where(runs.c.id == run).values(**values))
+
+    def wish(self, run: str, wish: Wish | None, reason: str | None = None) -> bool:
+        """Ask the run's thread, in whatever process it is, to hold the run up, to end it, or (None) to go on.
+
+        It is durable, and stands until it is taken back or the run has ended. Asking again changes nothing. A run that
+        is ending by itself needs no stop.
+
+        Args:
+            run: The run.
+            wish: `pause` opens no further round; `stop` ends the open one as well.
+            reason: Why, for people: it becomes the reason of the run's end.
+
+        Returns:
+            Whether this changed anything.
+
+        Raises:
+            StateError: There is no such run, it has ended, or it was stopped and so cannot be paused or resumed.
+        """
+        with self.write() as connection:
+            row = connection.execute(select(runs.c.state, runs.c.wish, runs.c.outcome).where(runs.c.id == run)).first()
+            if row is None:
+                raise _no_run(run)
+            if row.state == "finished":
+                raise StateError(f"expected a run that goes on, but {run} has ended ({row.outcome})")
+            if wish != "stop" and (row.wish == "stop" or row.state == "closing"):
+                raise StateError(f"expected a run that goes on, but {run} is ending; what has ended can be extended")
+            if row.wish == wish or row.state == "closing":
+                return False
+            connection.execute(runs.update().where(runs.c.id == run).values(wish=wish, wish_reason=reason))
+            return True
 
     def record_signature(self, run: str, org: str, *, signature: str | None, refused_step: int | None) -> None:
         """Keep an organisation's answer to the charter."""
@@ -345,55 +372,11 @@ def open_storage(url: str) -> Storage:
     Raises:
         StateError: It was written by a newer version of this program.
     """
-    # Without parameters: an error's text goes to the log, and parameters hold what organisations said.
-    engine = create_engine(url, hide_parameters=True, **_sqlite_arguments(url))
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _on_sqlite_connect)
-        event.listen(engine, "begin", _on_sqlite_begin)
-    found = _schema_version(engine)
-    if found is None or found < SCHEMA_VERSION:
-        migrate(engine)
-    elif found > SCHEMA_VERSION:
-        raise StateError(f"expected a database of version {SCHEMA_VERSION}, found {found}; use a newer foedus")
-    return Storage(engine)
+    return Storage(open_engine(url))
 
 
-def migrate(engine: Engine) -> None:
-    """Bring the tables to `SCHEMA_VERSION`."""
-    # Alembic takes a quarter of a second to import, and a database that is up to date needs none of it.
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-def _sqlite_arguments(url: str) -> dict[str, Any]:
-    if make_url(url).get_backend_name() != "sqlite":
-        return {}
-    return {"connect_args": {"timeout": _BUSY_SECONDS, "check_same_thread": False}, "pool_size": 16}
-
-
-def _schema_version(engine: Engine) -> str | None:
-    if not inspect(engine).has_table("alembic_version"):
-        return None
-    with engine.connect() as connection:
-        return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def _on_sqlite_connect(connection: Any, _record: Any) -> None:
-    # The driver must not open transactions by itself: `_on_sqlite_begin` does.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _on_sqlite_begin(connection: Connection) -> None:
-    reading = connection.get_execution_options().get("foedus_read", False)
-    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+def _no_run(run: str) -> StateError:
+    return StateError(f"expected a run, but there is none named {run!r}; see `foedus coordinator run list`")
 
 
 def _same_vector(known: str | None, number: int, org: str, digest: str) -> None:

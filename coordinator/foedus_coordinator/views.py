@@ -10,7 +10,8 @@ from typing import Any
 from foedus_protocols.charter import Charter
 from foedus_protocols.manifest import MANIFEST_FILE
 
-from foedus_coordinator import figures
+from foedus_coordinator import figures, progress, pulse
+from foedus_coordinator.chain import first_charter
 from foedus_coordinator.config import Home, at
 from foedus_coordinator.storage import RoundRow, RunRow
 from foedus_coordinator.variant import epsilon_after
@@ -29,11 +30,13 @@ def run_line(home: Home, row: RunRow) -> dict[str, Any]:
         "rounds": terms["privacy"]["rounds"],
         "participants": [participant["id"] for participant in terms["participants"]],
         "variant": row.variant,
+        "extends": row.extends,
+        "wish": row.wish if row.state != "finished" else None,
     }
 
 
 def run_detail(home: Home, row: RunRow) -> dict[str, Any]:
-    """Everything about one run: who signed, each round with its seconds by phase, losses, epsilon, bytes.
+    """Everything about one run: what it is doing, who signed, each round with its seconds by phase, losses, epsilon.
 
     ``epsilon`` is filled in once the run has ended; until then only ``epsilon_agreed``, which it cannot pass.
     """
@@ -46,6 +49,7 @@ def run_detail(home: Home, row: RunRow) -> dict[str, Any]:
     answers = home.storage.signatures(row.id)
     return {
         **run_line(home, row),
+        **_now(home, row, terms),
         "charter": row.charter_digest,
         "purpose": terms["purpose"],
         "private": terms["privacy"]["mode"] != "none",
@@ -60,11 +64,37 @@ def run_detail(home: Home, row: RunRow) -> dict[str, Any]:
         "evaluate_seconds": seconds.get(len(rounds) + 1, {}).get("evaluate"),
         "losses": [vars(point) for point in curve],
         "loss_before": curve[0].loss if curve else None,
-        "loss_after": curve[-1].loss if curve else None,
+        "loss_after": figures.loss_at(curve, row.released_after),
+        "released_after": row.released_after,
         "bytes_up": up,
         "bytes_down": down,
         "created": row.created,
         "finished": row.finished,
+    }
+
+
+def _now(home: Home, row: RunRow, terms: dict[str, Any]) -> dict[str, Any]:
+    """What the run is doing, for whom it waits, and what troubles its thread."""
+    keys = {member.id: member.signing_key for member in home.members.roster().members}
+    now = time.time()
+    found = progress.look(
+        home.storage,
+        row,
+        members={one["id"] for one in terms["participants"] if keys.get(one["id"]) == one["signing_key"]},
+        seen=home.members.last_seen(),
+        expires=terms["expires"],
+        now=now,
+    )
+    running = home.is_locked()
+    trouble = pulse.read(home.root).get("troubles", {}).get(row.id) if running else None
+    return {
+        "doing": found.doing,
+        "waiting_for": found.waiting_for,
+        "waiting_until": found.until,
+        "organisations": found.orgs,
+        "trouble": trouble,
+        "coordinator_running": running,
+        "time": now,
     }
 
 
@@ -77,7 +107,7 @@ def status(home: Home) -> dict[str, Any]:
         "home": str(home.root),
         "link": at(home.config.address, home.config.link_port),
         "enrolment": at(home.config.address, home.config.enrolment_port),
-        "ca_fingerprint": home.authority.fingerprint,
+        "ca_fingerprint": home.shown_ca,
         "running": home.is_locked(),
         "roster_version": roster.version,
         "members": [
@@ -110,7 +140,8 @@ def _epsilon(home: Home, row: RunRow, rounds: int) -> float | None:
         spent: float | None = signed["manifest"]["privacy"]["epsilon"]
         return spent
 
-    return epsilon_after(Charter.parse(home.files.path(row.charter_digest).read_bytes()), rounds)
+    charter = Charter.parse(home.files.path(row.charter_digest).read_bytes())
+    return epsilon_after(charter, rounds, first=first_charter(charter, home.files))
 
 
 def _round(row: RoundRow, orgs: set[str], seconds: dict[str, float]) -> dict[str, Any]:

@@ -99,23 +99,31 @@ def run_demo(plan: Plan, folder: Path, base: Path) -> Result:
     federation = LocalFederation(folder, plan.organisations, base)
     budget = Budget(epsilon_cap=plan.terms.epsilon, delta=plan.terms.delta, allow_unprotected=not plan.terms.private)
     try:
-        federation.create(budget, _say)
+        federation.create(budget, say)
         run = federation.start_run(plan.charter())
-        detail = _watch(federation, run)
+        detail = watch(Home(federation.coordinator_home), run, federation.check)
     finally:
         federation.stop()
+    return finished(plan, detail, folder, seconds=time.monotonic() - started)
+
+
+def finished(plan: Plan, detail: dict[str, Any], folder: Path, *, seconds: float) -> Result:
+    """A run's result, with the variant copied to where people look for it.
+
+    Raises:
+        RoundFailed: The run ended without a variant.
+    """
     if detail["variant"] is None:
         raise RoundFailed(
             f"the run ended without a variant: {detail['outcome']} ({detail['reason']}); see {folder}/logs"
         )
     variant = folder / "variant"
     shutil.copytree(detail["variant"], variant)
-    return Result(plan=plan, detail=detail, seconds=time.monotonic() - started, variant=variant)
+    return Result(plan=plan, detail=detail, seconds=seconds, variant=variant)
 
 
-def _watch(federation: LocalFederation, run: str) -> dict[str, Any]:
-    """Show progress until the run has ended."""
-    home = Home(federation.coordinator_home)
+def watch(home: Home, run: str, check: Callable[[], None]) -> dict[str, Any]:
+    """Show progress until the run has ended; `check` raises once that can no longer happen."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
@@ -123,7 +131,7 @@ def _watch(federation: LocalFederation, run: str) -> dict[str, Any]:
         task = progress.add_task("signatures", total=1)
         told: dict[str, str] = {}
         while True:
-            federation.check()
+            check()
             detail = views.run_detail(home, home.storage.run(run))
             _tell_news(detail, told, progress.console.print)
             progress.update(task, description=_phase(detail), completed=detail["rounds_closed"], total=detail["rounds"])
@@ -156,7 +164,8 @@ def _tell_news(detail: dict[str, Any], told: dict[str, str], say: Callable[[str]
             say(f"  {name} {one['state']}: {len(one['survivors'])} vectors in the sum{before}")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line of progress."""
     progress_console.print(f"  {text}", highlight=False)
 
 

@@ -63,18 +63,28 @@ class LocalFederation:
     """Processes, homes and logs under one folder::
 
     folder/coordinator/   folder/orgs/ORG/   folder/logs/NAME.log
+
+    Attributes:
+        address: Where the organisations dial the coordinator.
     """
 
-    def __init__(self, folder: Path, organisations: Iterable[Organisation], base: Path) -> None:
+    address = "127.0.0.1"
+
+    def __init__(
+        self, folder: Path, organisations: Iterable[Organisation], base: Path, *, log_format: str = "text"
+    ) -> None:
         self.folder = folder
         self.organisations = {one.org: one for one in organisations}
         self.base = base
         self.logs = folder / "logs"
+        logged = ["--log-format", log_format]
         self.coordinator = Process(
-            "coordinator", ["coordinator", "up", "--home", str(self.coordinator_home)], self.logs / "coordinator.log"
+            "coordinator",
+            ["coordinator", "up", "--home", str(self.coordinator_home), *logged],
+            self.logs / "coordinator.log",
         )
         self.daemons = {
-            org: Process(org, ["client", "up", "--home", str(self.home(org))], self.logs / f"{org}.log")
+            org: Process(org, ["client", "up", "--home", str(self.home(org)), *logged], self.logs / f"{org}.log")
             for org in self.organisations
         }
 
@@ -97,12 +107,12 @@ class LocalFederation:
         link_port, enrolment_port = free_ports(2)
         say("the coordinator makes its private CA")
         made = self._coordinator(
-            "init", "--federation", FEDERATION, "--address", "127.0.0.1",
+            "init", "--federation", FEDERATION, "--address", self.address,
             "--link-port", str(link_port), "--enrolment-port", str(enrolment_port),
         )  # fmt: skip
         self.coordinator.start()
         self._await_coordinator()
-        address = f"127.0.0.1:{enrolment_port}"
+        address = f"{self.address}:{enrolment_port}"
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             jobs = [pool.submit(self._enrol, org, address, made["ca_fingerprint"]) for org in self.organisations]
             for org, job in zip(self.organisations, jobs, strict=True):
@@ -167,15 +177,15 @@ class LocalFederation:
             *(["--columns", *columns] if one.columns else []),
         )  # fmt: skip
         self._client(one.org, "peers", "--confirm-all")
-        self._decide(one.org, budget)
+        decide(self.home(one.org) / "policy.toml", budget)
 
-    def _decide(self, org: str, budget: Budget) -> None:
-        """What a person would write into policy.toml."""
-        path = self.home(org) / "policy.toml"
-        document = tomlkit.parse(path.read_text(encoding="utf-8"))
-        document["auto_sign"] = True
-        document["allow_unprotected"] = budget.allow_unprotected
-        bounds: Any = document.setdefault("bounds", tomlkit.table())
-        bounds["evaluation"] = ["none", "plain"]
-        path.write_text(tomlkit.dumps(document), encoding="utf-8")
-        policy.load(path)
+
+def decide(path: Path, budget: Budget) -> None:
+    """What a person would write into an organisation's policy."""
+    document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    document["auto_sign"] = True
+    document["allow_unprotected"] = budget.allow_unprotected
+    bounds: Any = document.setdefault("bounds", tomlkit.table())
+    bounds["evaluation"] = ["none", "plain"]
+    path.write_text(tomlkit.dumps(document), encoding="utf-8")
+    policy.load(path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foedus_client.datasets.formats import Chat, RowError, parse_row
 from foedus_client.datasets.load import load_dataset
-from foedus_client.datasets.readers import stem
-from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field
+from foedus_client.datasets.readers import Row, read_rows, stem
+from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field, unit_key
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE
 
@@ -19,6 +21,7 @@ from foedus_local.federation import PURPOSE, Organisation
 from foedus_local.text import DOMAINS, write_demo_text
 
 _SPLIT_ATTEMPTS = 32
+_SPLIT_UNIT = "unit"  # The field of the files that `plan_split` writes.
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -132,6 +135,69 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
         raise UsageError(f"expected file names that give different organisations, got {', '.join(names)}")
     unit = "/".join(dict.fromkeys(one.unit for one in organisations))
     return Plan(domain=_org_id(folder.resolve().name), organisations=organisations, unit=unit, terms=terms)
+
+
+def plan_split(
+    files: Sequence[Path],
+    orgs: int,
+    units: Sequence[str],
+    columns: Sequence[str],
+    folder: Path,
+    base: Path,
+    terms: Terms,
+) -> Plan:
+    """A federation of many organisations on a few files: whole units are dealt out, as the seed shuffles them.
+
+    Args:
+        files: The data, all of one population.
+        orgs: How many organisations.
+        units: ``--unit`` options.
+        columns: ``--columns`` options.
+        folder: Where each organisation's file is written.
+        base: The base model's folder.
+        terms: The charter's free terms.
+
+    Raises:
+        UsageError: Fewer than two organisations.
+        DataError: Fewer than two units for each of them, or a file cannot be read.
+    """
+    if orgs < 2:
+        raise UsageError(f"expected at least two organisations, got {orgs}")
+    chosen, mapped = parse_units(units), parse_columns(columns)
+    check_names(files, chosen, mapped)
+    lines: dict[str, list[str]] = {}
+    for path in files:
+        field = unit_field(chosen, path)
+        for row in read_rows(path):
+            if isinstance(row, Row) and (found := _normalised(row, field, mapped.get(stem(path), {}))):
+                lines.setdefault(found[0], []).append(found[1])
+    if len(lines) < 2 * orgs:
+        raise DataError(f"expected at least {2 * orgs} units for {orgs} organisations, got {len(lines)}")
+    dealt = sorted(lines, key=lambda unit: hashlib.sha256(f"foedus/deal/{terms.seed}/{unit}".encode()).digest())
+    folder.mkdir(parents=True, exist_ok=True)
+    organisations = []
+    for number in range(orgs):
+        path = folder / f"org-{number:0{len(str(orgs - 1))}}.jsonl"
+        own = [line for unit in dealt[number::orgs] for line in lines[unit]]
+        path.write_text("\n".join(own) + "\n", encoding="utf-8")
+        organisations.append(_organisation(path, _SPLIT_UNIT, {}, base, terms))
+    unit = chosen if isinstance(chosen, str) else "/".join(sorted(set(chosen.values())))
+    domain = _org_id(stem(files[0]))
+    return Plan(domain=domain, organisations=tuple(organisations), unit=unit, terms=terms)
+
+
+def _normalised(row: Row, field: str, columns: dict[str, str]) -> tuple[str, str] | None:
+    """A row's unit, and the row as one line that every organisation's reader takes; None where it is not usable."""
+    try:
+        unit, record = unit_key(row.values, field), parse_row(row.values, columns)
+    except RowError:
+        return None
+    values: dict[str, Any] = {_SPLIT_UNIT: unit}
+    if isinstance(record, Chat):
+        values["messages"] = [vars(message) for message in record.messages]
+    else:
+        values["text"] = record.text
+    return unit, json.dumps(values, ensure_ascii=False)
 
 
 def power_of_two(count: int) -> int:

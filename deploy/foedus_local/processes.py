@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,14 +36,19 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def run_command(*arguments: str, stdin: str | None = None) -> dict[str, Any]:
+def run_command(*arguments: str, stdin: str | None = None, prefix: Sequence[str] = ()) -> dict[str, Any]:
     """Run a `foedus` command with ``--format json`` and return its object.
+
+    Args:
+        arguments: The command's words.
+        stdin: What it reads.
+        prefix: Words to put before it, such as ``ip netns exec NAME``.
 
     Raises:
         FoedusError: The command failed; the text and the exit code are the command's own.
     """
     done = subprocess.run(
-        [*FOEDUS, *arguments, "--format", "json"],
+        [*prefix, *FOEDUS, *arguments, "--format", "json"],
         input=stdin,
         capture_output=True,
         text=True,
@@ -64,12 +70,13 @@ def command_error(arguments: tuple[str, ...], code: int, stderr: str) -> FoedusE
 
 
 class Process:
-    """A long-running `foedus` command with its output in a file."""
+    """A long-running `foedus` command with its output in a file; `prefix` is as in `run_command`."""
 
-    def __init__(self, name: str, arguments: list[str], log: Path) -> None:
+    def __init__(self, name: str, arguments: list[str], log: Path, prefix: Sequence[str] = ()) -> None:
         self.name = name
         self.arguments = arguments
         self.log = log
+        self.prefix = prefix
         self._file: IO[bytes] | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -78,11 +85,16 @@ class Process:
         """The process id while it runs."""
         return self._child.pid if self._child and self._child.poll() is None else None
 
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended (negative: by which signal); None while it runs or was never started."""
+        return None if self._child is None else self._child.poll()
+
     def start(self) -> None:
         """Start (again); output is appended to the log."""
         self._file = self.log.open("ab")
         self._child = subprocess.Popen(
-            [*FOEDUS, *self.arguments],
+            [*self.prefix, *FOEDUS, *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=self._file,
             stderr=subprocess.STDOUT,

@@ -50,6 +50,12 @@ _MARGIN = 1e-6
 
 _LARGEST_NOISE = 1e4
 _LARGEST_STEPS = 1_000_000
+# Beyond this epsilon nobody needs to know how far beyond, and a PLD that has to reach there takes gigabytes.
+_HOPELESS = 1e3
+_QUICK_ORDERS = (2.0, 3.0, 4.0, 8.0, 16.0, 32.0)
+# What the library raises for mechanisms that are out of floating point's reach. Their epsilon counts as infinite.
+_OUT_OF_REACH = (ArithmeticError, ValueError, MemoryError)
+
 _ORDERS = tuple([1 + tenth / 10 for tenth in range(2, 100)] + list(range(11, 64)) + [128, 256, 512, 1024])
 
 
@@ -119,7 +125,8 @@ def epsilon(events: Iterable[Event], delta: float) -> float:
         delta: The whole delta for these events. The caller has already taken off what its noise sampler needs.
 
     Returns:
-        An upper bound on epsilon; 0 for no events, infinity where noise is missing or below `SMALLEST_NOISE`.
+        An upper bound on epsilon; 0 for no events, infinity where noise is missing or below `SMALLEST_NOISE`. Where
+        Rényi DP says more than a thousand its bound is returned, which is wider.
 
     Raises:
         ConfigError: `delta` is not strictly between 0 and 1.
@@ -281,21 +288,31 @@ def _epsilon(merged: tuple[Event, ...], delta: float, loss_step: float) -> float
         return math.inf
     from dp_accounting import pld
 
+    # Whoever offers a charter chooses these numbers: the cheap bound first, and nothing that fills the memory.
+    bound, _ = _rdp(merged, delta, _QUICK_ORDERS)
+    if bound > _HOPELESS:
+        return bound
     accountant = pld.PLDAccountant(value_discretization_interval=loss_step)
-    for event in merged:
-        accountant.compose(_dp_event(event), event.steps)
-    return float(accountant.get_epsilon(delta))
+    try:
+        for event in merged:
+            accountant.compose(_dp_event(event), event.steps)
+        return float(accountant.get_epsilon(delta))
+    except _OUT_OF_REACH:
+        return math.inf
 
 
 def _rdp(merged: tuple[Event, ...], delta: float, orders: tuple[float, ...]) -> tuple[float, float]:
-    """Epsilon by RDP, and the order that gave it."""
+    """Epsilon by RDP, and the order that gave it; infinity where no order can be computed."""
     from dp_accounting import rdp
 
-    with _unconverged_orders_unsaid():
-        accountant = rdp.RdpAccountant(orders=list(orders))
-        for event in merged:
-            accountant.compose(_dp_event(event), event.steps)
-        found, order = accountant.get_epsilon_and_optimal_order(delta)
+    try:
+        with _unconverged_orders_unsaid():
+            accountant = rdp.RdpAccountant(orders=list(orders))
+            for event in merged:
+                accountant.compose(_dp_event(event), event.steps)
+            found, order = accountant.get_epsilon_and_optimal_order(delta)
+    except _OUT_OF_REACH:
+        return math.inf, orders[0]
     return float(found), float(order)
 
 

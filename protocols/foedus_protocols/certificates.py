@@ -2,7 +2,8 @@
 
 The CA ignores every name inside a certificate request: the name comes from the one-time token that the request arrived
 with. Certificates live 7 to 30 days and are renewed at half life; that is the revocation of last resort, since gRPC's
-Python API has no CRL. What removes a member at once is the roster, which is checked at each call (`link.py`).
+Python API has no CRL. What removes a member at once is the coordinator's list of certificates, which is looked at in
+each call (`link.py`). A CA is replaced by another while both are trusted (`authorities.py`).
 
 An organisation's certificate is for clients only and the coordinator's for servers only, so that no organisation can
 pose as the coordinator to another.
@@ -39,6 +40,15 @@ MIN_CERTIFICATE_DAYS = 7
 MAX_CERTIFICATE_DAYS = 30
 _CA_DAYS = 3650
 _CLOCK_SKEW = timedelta(minutes=5)  # Certificates are backdated by this, so that a slow clock can use them at once.
+# What the library raises for a certificate of which a part cannot be read (found by fuzzing, tests/fuzz).
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def make_request(key: EllipticCurvePrivateKey, org: str) -> bytes:
@@ -55,9 +65,72 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         VerificationError: There is none.
     """
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except (ValueError, x509.InvalidVersion) as error:
+        return _whole(x509.load_pem_x509_certificate(pem))
+    except _MALFORMED as error:
         raise VerificationError(f"expected a PEM certificate, got {len(pem)} bytes that hold none") from error
+
+
+def parse_der_certificate(der: bytes) -> x509.Certificate:
+    """A certificate as a TLS server shows it.
+
+    Raises:
+        VerificationError: It is none.
+    """
+    try:
+        return _whole(x509.load_der_x509_certificate(der))
+    except _MALFORMED as error:
+        raise VerificationError(f"expected a certificate, got {len(der)} bytes that are none") from error
+
+
+def parse_certificates(pem: bytes) -> list[x509.Certificate]:
+    """All certificates in PEM bytes, at least one, in their order.
+
+    Raises:
+        VerificationError: There is none, or one is malformed.
+    """
+    try:
+        found = list(map(_whole, x509.load_pem_x509_certificates(pem)))
+    except _MALFORMED as error:
+        raise VerificationError(f"expected PEM certificates, got {len(pem)} bytes that hold none") from error
+    if not found:
+        raise VerificationError(f"expected PEM certificates, got {len(pem)} bytes that hold none")
+    return found
+
+
+def _whole(certificate: x509.Certificate) -> x509.Certificate:
+    """A certificate whose parts can all be read: the library parses key and extensions when they are asked for."""
+    certificate.public_key()
+    _ = certificate.extensions
+    return certificate
+
+
+def is_ca(certificate: x509.Certificate) -> bool:
+    """Whether a certificate may sign others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return False
+
+
+def half_life(certificate: x509.Certificate) -> datetime:
+    """When a certificate is due to be renewed."""
+    starts, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return starts + (ends - starts) / 2
+
+
+def check_issuer(certificate: x509.Certificate, cas: Sequence[x509.Certificate]) -> x509.Certificate:
+    """The CA among `cas` that signed a certificate.
+
+    Raises:
+        VerificationError: None of them did.
+    """
+    for ca in cas:
+        try:
+            certificate.verify_directly_issued_by(ca)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return ca
+    raise VerificationError(f"expected a certificate of one of {len(cas)} trusted CAs, got another CA's")
 
 
 def certificate_name(certificate: x509.Certificate) -> PeerName:
@@ -189,9 +262,19 @@ class CertificateAuthority:
 
 
 def check_own_certificate(
-    certificate: x509.Certificate, *, key: EllipticCurvePrivateKey, ca: x509.Certificate, now: datetime | None = None
+    certificate: x509.Certificate,
+    *,
+    key: EllipticCurvePrivateKey,
+    cas: Sequence[x509.Certificate],
+    now: datetime | None = None,
 ) -> None:
     """Say before dialling what the other side would not: it answers a bad certificate with "Socket closed".
+
+    Args:
+        certificate: Ours.
+        key: Our TLS key.
+        cas: The CAs that we trust: two while one takes the other's place.
+        now: The moment to judge by; the present where absent.
 
     Raises:
         ConnectError: Expired, not yet valid (or this clock is wrong), for another key, or from another CA.
@@ -200,8 +283,10 @@ def check_own_certificate(
     starts, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
         raise ConnectError(
-            f"expected a valid certificate, ours expired at {ends:%Y-%m-%d %H:%M} UTC; renewal does not "
-            "exist yet: join under a new id from another --home"
+            f"expected a valid certificate, ours expired at {ends:%Y-%m-%d %H:%M} UTC and this clock says "
+            f"{now:%Y-%m-%d %H:%M} UTC. If the clock is right it can no longer be renewed over the link: an "
+            "organisation asks the coordinator's administrator for an invitation and joins again with `foedus client "
+            "join --again --keep-signing-key`; a coordinator renews its own with `foedus coordinator up`"
         )
     if now < starts:
         raise ConnectError(
@@ -211,8 +296,8 @@ def check_own_certificate(
     if certificate.public_key() != key.public_key():
         raise ConnectError("expected a certificate for our TLS key, ours is for another key; enrol again")
     try:
-        certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature) as error:
+        check_issuer(certificate, cas)
+    except VerificationError as error:
         raise ConnectError(
             "expected a certificate from the federation's CA, ours is another CA's; join again"
         ) from error

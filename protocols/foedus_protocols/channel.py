@@ -2,8 +2,8 @@
 
 The options are measured, not folklore; each constant says what went wrong without it. Two properties of gRPC shape the
 rest. It checks a certificate's dates only at the handshake, so the peer's dates and membership are checked again at
-each call and, by `Watch`, each second of a stream. And a peer whose certificate it refuses sees "Socket closed", as if
-the network were down, so that each side checks its own certificate before it dials.
+each call and, by `Watch`, twice a second of a stream. And a peer whose certificate it refuses sees "Socket closed", as
+if the network were down, so that each side checks its own certificate before it dials.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 
-from foedus_protocols.certificates import certificate_name, check_own_certificate, parse_certificate
+from foedus_protocols.certificates import (
+    certificate_name,
+    check_own_certificate,
+    parse_certificate,
+    parse_certificates,
+)
 from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.identity import COORDINATOR, PeerName, key_pem, load_tls_key
 from foedus_protocols.store import CHUNK_BYTES
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = CHUNK_BYTES + (64 << 10)
+_TROUBLE_SECONDS = 60.0
+_WATCH_SECONDS = 0.5  # A revoked member's streams end within a second, whatever they wait for.
 _ERROR_TEXT_CHARACTERS = 1000  # gRPC's metadata holds 8 KiB.
 
 # A frozen peer is noticed in 15 s. Without http2.ping_timeout_ms it took 63 s, whatever keepalive_timeout_ms said.
@@ -99,7 +107,10 @@ def split_address(address: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class TlsFiles:
-    """Where a party's TLS identity lies: certificate (a coordinator's with the CA's behind it), key, and the CA."""
+    """Where a party's TLS identity lies: certificate (a coordinator's with the CA's behind it), key, and the CAs.
+
+    `ca` holds one CA, or several while one takes the other's place; all of them are trusted.
+    """
 
     certificate: Path
     key: Path
@@ -120,7 +131,7 @@ class TlsFiles:
             raise ConfigError(f"expected a readable file at {error.filename}, got: {error.strerror}") from error
         key = load_tls_key(self.key, password=self.password)
         certificate = parse_certificate(chain)
-        check_own_certificate(certificate, key=key, ca=parse_certificate(ca))
+        check_own_certificate(certificate, key=key, cas=parse_certificates(ca))
         return TlsIdentity(certificate=certificate, chain_pem=chain, key_pem=key_pem(key), ca_pem=ca)
 
 
@@ -231,6 +242,11 @@ def answering(context: grpc.ServicerContext) -> Iterator[None]:
         yield
     except VerificationError as error:
         context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error)[:_ERROR_TEXT_CHARACTERS])
+    except Busy as error:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)[:_ERROR_TEXT_CHARACTERS])
+    except DiskTrouble as error:
+        _say_trouble(error)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator's disk has trouble; its log says more")
     except ConnectError as error:
         context.abort(grpc.StatusCode.UNAVAILABLE, str(error)[:_ERROR_TEXT_CHARACTERS])
     except FoedusError as error:
@@ -240,6 +256,20 @@ def answering(context: grpc.ServicerContext) -> Iterator[None]:
     except Exception:  # The border of the process: logged here in full, told outside in two words.
         log.exception("a link handler failed")
         context.abort(grpc.StatusCode.INTERNAL, "internal error; the coordinator's log says more")
+
+
+_trouble_said = {"at": float("-inf")}
+
+
+def _say_trouble(error: DiskTrouble) -> None:
+    """Log trouble of our own disk, once a minute: whoever pushes tries again all the time."""
+    if time.monotonic() - _trouble_said["at"] > _TROUBLE_SECONDS:
+        _trouble_said["at"] = time.monotonic()
+        log.error("%s", error)
+
+
+class Busy(ConnectError):
+    """The peer asks for more at once than one member may have; the same call may come again."""
 
 
 class TransientError(ConnectError):
@@ -287,7 +317,7 @@ def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials)
 
 
 class Watch:
-    """One thread that looks at every open transfer once a second and cancels what stalls or lost its right.
+    """One thread that looks at every open transfer twice a second and cancels what stalls or lost its right.
 
     A handler that waits for a peer's bytes cannot look for itself: gRPC calls block, and a frozen peer raises nothing.
     """
@@ -324,7 +354,7 @@ class Watch:
         self._stop.set()
 
     def _run(self) -> None:
-        while not self._stop.wait(min(1.0, self.stall_seconds / 4)):
+        while not self._stop.wait(min(_WATCH_SECONDS, self.stall_seconds / 4)):
             with self._lock:
                 watched = list(self._watched)
             for one in watched:
@@ -350,6 +380,10 @@ class Watched:
                 self._check()
         except FoedusError as error:
             log.warning("a transfer is cut off: %s", error)
+            self._cancel()
+            return
+        except Exception:  # The one thread that watches everybody must live; who cannot be judged may not go on.
+            log.exception("a transfer is cut off: whether its peer may go on could not be found out")
             self._cancel()
             return
         if time.monotonic() - self._last > stall_seconds:

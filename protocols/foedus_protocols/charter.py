@@ -116,10 +116,14 @@ class Masks(Terms):
 
 
 class Schedule(Terms):
-    """One setting for every deadline, and what happens when too few vectors came."""
+    """One setting for every deadline, and what happens when too few vectors came.
+
+    `vector_slot_seconds`: a finished vector leaves at the next multiple of it since the Unix epoch, by the
+    coordinator's clock, so that its arrival says nothing of the size of the sample. 0: it leaves when it is ready.
+    """
 
     round_seconds: Positive = 3600.0
-    vector_slot_seconds: Literal[0] = 0
+    vector_slot_seconds: Annotated[FiniteFloat, Field(ge=0)] = 0.0
     on_short_round: Literal["wait", "skip", "end"] = "wait"
 
 
@@ -132,9 +136,31 @@ class Evaluation(Terms):
 
 
 class Release(Terms):
-    """Who may have the variant, in words."""
+    """Who may have the variant, in words, and which adapter it is.
+
+    `adapter`: absent for the last one; `best` for the one with the lowest held-out loss among those that were scored.
+    """
 
     recipients: Text = "the participants of this charter"
+    adapter: Literal["best"] | None = None
+
+
+class Extends(Terms):
+    """The ended run that this one goes on from: its last adapter, its optimiser's state, and what it has spent.
+
+    Attributes:
+        run: The ended run's id; part of its coding keys.
+        charter: Digest of its charter, which every participant has signed.
+        history: Digest of its closed rounds (`messages.History`); replaying them gives the adapter and the state.
+        adapter: Digest of the adapter that follows from them, where this charter starts.
+        rounds_spent: Rounds that the ended run, and those that it extends, opened. Closed or failed, each is spent.
+    """
+
+    run: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]
+    charter: Digest
+    history: Digest
+    adapter: Digest
+    rounds_spent: Annotated[int, Field(ge=1, le=2**31)]
 
 
 class Charter(Terms):
@@ -159,6 +185,7 @@ class Charter(Terms):
     not_before: UnixSeconds
     expires: UnixSeconds
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    extends: Extends | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -168,6 +195,14 @@ class Charter(Terms):
                 raise ValueError(f"two participants have the same {what}")
         if self.expires <= self.not_before:
             raise ValueError("expires must be later than not_before")
+        if self.schedule.vector_slot_seconds >= self.schedule.round_seconds:
+            raise ValueError(
+                "vector_slot_seconds must be shorter than round_seconds: no slot may lie past the deadline"
+            )
+        if self.release.adapter == "best" and self.evaluation.term != "plain":
+            raise ValueError('release.adapter "best" needs held-out scores to choose by: set evaluation.term "plain"')
+        if self.extends is not None and self.extends.adapter != self.adapter.initial_digest:
+            raise ValueError("an extension starts from extends.adapter, so adapter.initial_digest must be the same")
         promised = self.privacy.epsilon is not None and self.privacy.delta is not None
         silent = self.privacy.epsilon is None and self.privacy.delta is None
         noises = [participant.noise_multiplier for participant in self.participants]
@@ -236,6 +271,22 @@ class Charter(Terms):
             update_bound=self.masks.update_bound,
             members=len(self.participants),
         )
+
+    def coding_key(self, run: str, round_number: int) -> bytes:
+        """The public key of a round's permutation and signs.
+
+        In mode `none` with a seed it follows from the seed, as every other draw there: a run repeated elsewhere, under
+        other keys and dates, gives the same bits.
+        """
+        if self.seed is not None:
+            return codec.coding_key(f"seed-{self.seed}", "", self.draw_number(round_number))
+        return codec.coding_key(self.digest, run, round_number)
+
+    def draw_number(self, round_number: int) -> int:
+        """The number that seeded draws of a round take: counted from the first run's first round, so that an extension
+        in mode `none` does not repeat what the run before it drew.
+        """
+        return round_number + (0 if self.extends is None else self.extends.rounds_spent)
 
     def rule(self) -> rules.Rule:
         """The server optimiser, as `rules.py` takes it; AdamBC also gets the variance of the noise in its input."""
@@ -309,12 +360,15 @@ def less_slack(delta: float, slack: float) -> float:
 def delta_for_accountant(charter: Charter, participant: Participant) -> float:
     """The delta at which the accountant is asked: the charter's, less what the noise table costs this participant.
 
+    An extension's covers the rounds that were spent before it too.
+
     Raises:
         VerificationError: The charter is of mode `none`, or its delta is smaller than the slack.
     """
     if charter.privacy.epsilon is None or charter.privacy.delta is None:
         raise VerificationError(f"expected a private charter, got {charter.name!r} in mode {charter.privacy.mode}")
-    steps = sum(event.steps for event in charter_events(charter, participant))
+    spent = 0 if charter.extends is None else charter.extends.rounds_spent
+    steps = charter.privacy.steps_per_round * (spent + charter.privacy.rounds)
     slack = noise_slack(length=charter.adapter.length, steps=steps, epsilon=charter.privacy.epsilon)
     return less_slack(charter.privacy.delta, slack)
 

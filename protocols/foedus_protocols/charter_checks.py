@@ -10,13 +10,14 @@ leaves.
      5  it names us, by our key
      6  it names enough other members, each confirmed by us
      7  the base is one that we hold
-     8  adapter description and initial adapter are as we compute them
+     8  adapter description and initial adapter are as we compute them; an extension's is the one that we replayed
      9  purpose, recipe and evaluation keep our policy's bounds
     10  the privacy budget, by our own accountant
     11  members, survivors, ring, range and an optimiser that can run
     12  everyone signed
 
 The adapter of a later round is not in the charter: the round compares it with the one that it replayed from the sums.
+That replay begins with the ended run's where the charter extends one, so the round does that part of 8 again.
 No ground for refusing is computed from the data.
 """
 
@@ -33,12 +34,11 @@ from foedus_protocols.canonical import digest
 from foedus_protocols.charter import (
     Charter,
     Participant,
-    charter_events,
-    delta_for_accountant,
     derived_update_bound,
     verify_agreement,
     verify_charter_signature,
 )
+from foedus_protocols.charter_extension import Earlier, cost, require_follows
 from foedus_protocols.errors import ConfigError, PolicyRefused, StateError, VerificationError
 from foedus_protocols.identity import key_fingerprint
 from foedus_protocols.messages import Agreement
@@ -86,6 +86,15 @@ class Limits:
     min_survivors: int
 
 
+def replay_nothing(charter: Charter) -> Earlier:
+    """Refuse an extension where nothing can be fetched and replayed.
+
+    Raises:
+        VerificationError: Always.
+    """
+    raise VerificationError(f"expected to replay the run that charter {charter.digest[:12]} extends, cannot here")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OrgView:
     """What an organisation knows, against which a charter is checked.
@@ -101,6 +110,8 @@ class OrgView:
         budget: Raises `BudgetExhausted` or `StateError` where the ledger does not cover the charter: at signing, where
             its events do not fit beside all that is spent and allotted; before a round, where its allotment does not
             cover one more.
+        earlier: Replays what a charter extends, before it is signed; raises VerificationError where one of its charters
+            was not signed here or a sum is not what the history says. Anything else that it raises is no refusal.
         now: Unix seconds, by the coordinator's clock as measured in Hello.
     """
 
@@ -113,6 +124,7 @@ class OrgView:
     base_configs: Mapping[str, Mapping[str, Any]]
     budget: Callable[[Charter, Participant], None]
     now: float
+    earlier: Callable[[Charter], Earlier] = replay_nothing
 
 
 def check_charter(
@@ -157,10 +169,11 @@ def check_charter(
         config = _base_held(charter, view)
     with _step(8):
         _adapter_as_computed(charter, config)
+    earlier = _extension_as_replayed(charter, view) if stage == "sign" else None
     with _step(9):
         _within_bounds(charter, view.limits)
     with _step(10):
-        _within_budget(charter, mine, view, stage)
+        _within_budget(charter, mine, view, stage, earlier)
     with _step(11):
         _members_and_ring(charter, view.limits)
     if stage == "round":
@@ -264,11 +277,29 @@ def _adapter_as_computed(charter: Charter, config: Mapping[str, Any]) -> None:
             f"expected the layout {computed.digest[:12]} of {computed.length} coordinates for this base, got "
             f"{charter.adapter.layout_digest[:12]} of {charter.adapter.length}"
         )
-    initial = layout.vector_digest(layout.initial_vector(computed))
+    if charter.extends is not None:
+        return
+    initial = layout.initial_digest(computed)
     if charter.adapter.initial_digest != initial:
         raise VerificationError(
             f"expected the initial adapter {initial[:12]}, got {charter.adapter.initial_digest[:12]}"
         )
+
+
+def _extension_as_replayed(charter: Charter, view: OrgView) -> Earlier | None:
+    """Check 8 for an extension: the old run is one that we signed, and leads to where this one starts.
+
+    A line that breaks or a disk that fills while the old sums are fetched is no ground for refusing, so only what the
+    coordinator got wrong gets the check's number.
+    """
+    if charter.extends is None:
+        return None
+    try:
+        earlier = view.earlier(charter)
+        require_follows(charter, earlier)
+    except VerificationError as error:
+        raise PolicyRefused(8, str(error)) from error
+    return earlier
 
 
 def _within_bounds(charter: Charter, limits: Limits) -> None:
@@ -281,10 +312,11 @@ def _within_bounds(charter: Charter, limits: Limits) -> None:
     if charter.evaluation.term not in limits.evaluation:
         allowed = ", ".join(sorted(limits.evaluation)) or "nothing"
         raise ConfigError(f"expected an evaluation term among {allowed}, got {charter.evaluation.term!r}")
+    spent = 0 if charter.extends is None else charter.extends.rounds_spent
     bounded: list[tuple[str, float, float]] = [
         ("max_tokens", charter.recipe.max_tokens, limits.max_tokens),
         ("max_records_per_unit", charter.recipe.max_records_per_unit, limits.max_records_per_unit),
-        ("rounds", charter.privacy.rounds, limits.max_rounds),
+        ("rounds", spent + charter.privacy.rounds, limits.max_rounds),
         ("rate", charter.recipe.optimiser.rate, limits.max_rate),
         ("rank", charter.adapter.rank, limits.max_rank),
     ]
@@ -293,7 +325,7 @@ def _within_bounds(charter: Charter, limits: Limits) -> None:
             raise ConfigError(f"expected {name} of at most {bound:g}, got {found:g}: see `bounds` in policy.toml")
 
 
-def _within_budget(charter: Charter, mine: Participant, view: OrgView, stage: Stage) -> None:
+def _within_budget(charter: Charter, mine: Participant, view: OrgView, stage: Stage, earlier: Earlier | None) -> None:
     """Check 10: the declared constants, the rule, the promise by our own accountant, and the ledger."""
     namespace = view.limits.namespaces[charter.purpose]
     if (mine.unit, mine.units_at_most) != (namespace.unit, namespace.units_at_most):
@@ -307,7 +339,7 @@ def _within_budget(charter: Charter, mine: Participant, view: OrgView, stage: St
         if not view.limits.allow_unprotected:
             raise ConfigError("expected a private mode, got mode none: see `allow_unprotected` in policy.toml")
     else:
-        _promise_holds(charter, mine, namespace, stage)
+        _promise_holds(charter, mine, namespace, stage, earlier)
     view.budget(charter, mine)
 
 
@@ -322,8 +354,13 @@ def _constants_follow(participant: Participant, charter: Charter) -> None:
         )
 
 
-def _promise_holds(charter: Charter, mine: Participant, namespace: UnitNamespace, stage: Stage) -> None:
-    """Epsilon and delta are no worse than what policy and charter say; once signed, the charter cannot change."""
+def _promise_holds(
+    charter: Charter, mine: Participant, namespace: UnitNamespace, stage: Stage, earlier: Earlier | None
+) -> None:
+    """Epsilon and delta are no worse than what policy and charter say; once signed, the charter cannot change.
+
+    What an extension promises covers the rounds before it (`charter_extension.cost`).
+    """
     delta, epsilon = charter.privacy.delta, charter.privacy.epsilon
     if delta is None or epsilon is None:
         raise ConfigError("expected epsilon and delta in a private mode, got none")
@@ -332,7 +369,8 @@ def _promise_holds(charter: Charter, mine: Participant, namespace: UnitNamespace
             f"expected delta of at most 1/(10 x {mine.units_at_most}) and {namespace.delta:g}, got {delta:g}"
         )
     if stage == "sign":
-        ours = accounting.epsilon(charter_events(charter, mine), delta_for_accountant(charter, mine))
+        first = charter if earlier is None else earlier.charters[0]
+        ours = cost(charter, mine, rounds=charter.privacy.rounds, first=first).filter
         if ours > epsilon:
             raise ConfigError(f"expected epsilon of at most {epsilon:g} as the charter promises, got {ours:.6g}")
 

@@ -36,6 +36,7 @@ from foedus_protocols.charter import (
     Release,
     Schedule,
     Terms,
+    Text,
     derived_update_bound,
     less_slack,
     noise_slack,
@@ -89,6 +90,13 @@ class DraftMasks(Terms):
     ring_bits: Count | None = None
 
 
+class DraftRelease(Terms):
+    """The release terms; `last` is what a charter that says nothing means, and is left out of it."""
+
+    recipients: Text = Release().recipients
+    adapter: Literal["last", "best"] = "last"
+
+
 class CharterDraft(Terms):
     """The TOML file."""
 
@@ -104,7 +112,7 @@ class CharterDraft(Terms):
     masks: DraftMasks = DraftMasks()
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
-    release: Release = Release()
+    release: DraftRelease = DraftRelease()
 
 
 def read_draft(path: Path) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def read_draft(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"expected a charter in {path}, got: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"expected TOML in {path}, got: {error}") from error
 
 
@@ -165,7 +173,10 @@ def draft(
             masks=_masks(terms, participants, base_config),
             schedule=terms.schedule,
             evaluation=terms.evaluation,
-            release=terms.release,
+            release=Release(
+                recipients=terms.release.recipients,
+                adapter="best" if terms.release.adapter == "best" else None,
+            ),
             not_before=now,
             expires=now + terms.valid_days * _DAY_SECONDS,
             seed=terms.seed,
@@ -265,7 +276,7 @@ def _masks(terms: CharterDraft, participants: tuple[Participant, ...], base_conf
 def charter_template() -> str:
     """A commented TOML file to start from. A `#` with no space behind it switches off a default, or an example."""
     optimiser, recipe, privacy, adapter = Optimiser(), Recipe(), DraftPrivacy(), DraftAdapter()
-    schedule, evaluation, release = Schedule(), Evaluation(), Release()
+    schedule, evaluation, release = Schedule(), Evaluation(), DraftRelease()
     return f"""\
 # The terms of one run. Every organisation reads and signs them; nothing trains before all have.
 
@@ -319,7 +330,7 @@ units_at_most = 512
 
 [schedule]
 #round_seconds = {schedule.round_seconds}         # every deadline of a round
-#vector_slot_seconds = {schedule.vector_slot_seconds}        # 0: it leaves when ready, and tells the size of the sample
+#vector_slot_seconds = {schedule.vector_slot_seconds:g}        # vectors wait for a multiple; 0: they do not
 #on_short_round = "{schedule.on_short_round}"        # wait | skip | end, when fewer than min_survivors vectors came
 
 [evaluation]
@@ -329,4 +340,5 @@ units_at_most = 512
 
 [release]
 #recipients = "{release.recipients}"  # who may have the variant, in words
+#adapter = "{release.adapter}"               # last | best: of the lowest held-out loss, where evaluation is plain
 """

@@ -7,6 +7,7 @@ Sub-commands arrive by entry point (group ``foedus.commands``) and are imported 
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 from importlib.metadata import EntryPoint, entry_points, version
 
@@ -14,11 +15,13 @@ import click
 import typer
 
 from foedus_protocols.errors import FoedusError, MissingExtra
+from foedus_protocols.files import disk_trouble
 
 GROUP = "foedus.commands"
 
 SUMMARIES = {
     "demo": "A whole federation on this machine: a coordinator, organisations, real TLS, one command.",
+    "simulate": "Many virtual organisations in one process, for studies; Flower's engine runs them.",
     "coordinator": "Plan rounds, sum what organisations send, publish variants.",
     "client": "An organisation's side: keys, policy, budget, and the daemon that trains.",
     "data": "Look at data files before anything is trained.",
@@ -92,10 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our standard output went away (`foedus ... | head`): no traceback for that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        place = error.filename or "a file or connection"
-        sys.stderr.write(f"error: expected to be able to use {place}, got: {error.strerror or error}\n")
-        sys.exit(FoedusError.exit_code)
+    except (OSError, sqlite3.Error) as error:
+        # The last net: what belongs to a command has been caught below with a better place and text.
+        place = getattr(error, "filename", None) or "a file or connection"
+        known = disk_trouble(error, place)
+        text = f"expected to be able to use {place}, got: {getattr(error, 'strerror', None) or error}"
+        sys.stderr.write(f"error: {known or text}\n")
+        sys.exit(FoedusError.exit_code if known is None else known.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

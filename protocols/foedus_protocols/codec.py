@@ -5,8 +5,8 @@ rounding, R bits. The rotation spreads every vector evenly, so that a range of s
 (Suresh et al. 2017, arXiv:1611.00429; Kairouz et al. 2021, arXiv:2102.06387); the permutation comes first because a
 large layer in a few blocks would overflow theirs (27.7 % error against 0.06 %).
 
-Encoding draws secret uniforms and its bits are nobody's business. Decoding must give the same bits everywhere: its
-butterflies are on integers and therefore exact, followed by one conversion to fp32 and one fp32 product.
+Encoding draws secret uniforms. Decoding must give the same bits everywhere: its transform is on integers and therefore
+exact, followed by one conversion to fp32 and one fp32 product.
 """
 
 from __future__ import annotations
@@ -14,20 +14,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
 from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.packing import RING_BITS, Words, pack, packed_size, signed, unpack
+from foedus_protocols.rotation import CHUNK, LARGEST_BLOCK, Rotation, aes_ctr
 
 __all__ = [
     "RING_BITS",
@@ -36,6 +33,7 @@ __all__ = [
     "Uniform",
     "add_packed_files",
     "coding_key",
+    "decode_file",
     "decode_sum",
     "encode",
     "pack",
@@ -51,13 +49,9 @@ Sums = NDArray[np.int64]
 Uniform = Callable[[int], NDArray[np.uint32]]
 """Gives that many independent, uniform 32-bit integers; each call continues the stream."""
 
-_LARGEST_BLOCK = 1 << 14
 _MOST_PADDING = 0.005
 _DEVIATIONS = 6.0
-# Words and their 64-bit intermediates stay in a core's cache; even, so that 12 and 20 bits end on a whole byte.
-_CHUNK = 1 << 16
-
-_Number = TypeVar("_Number", np.float32, np.int64)
+_EXACT_BITS = 52  # One below float64's 53, for what rounding to the grid adds to a block's norm.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +85,7 @@ class Coding:
     @cached_property
     def block(self) -> int:
         """Length of a Hadamard block: the largest power of two up to 2^14 that pads at most 0.5 %."""
-        block = _LARGEST_BLOCK
+        block = LARGEST_BLOCK
         while -self.length % block > _MOST_PADDING * self.length:
             block //= 2
         return block
@@ -207,28 +201,28 @@ def encode(vector: Vector, *, coding: Coding, key: bytes, uniform: Uniform, clam
     """
     if vector.dtype != np.float32 or vector.shape != (coding.length,):
         raise VerificationError(f"expected float32 of ({coding.length},), got {vector.dtype} of {vector.shape}")
-    norm = math.sqrt(float(np.sum(np.square(vector, dtype=np.float64))))
+    norm = math.sqrt(math.fsum(float(np.sum(np.square(part, dtype=np.float64))) for part in _chunks(vector)))
     if not math.isfinite(norm):
         raise VerificationError(
             f"expected a finite vector of {coding.length}, got one with an infinite or undefined norm"
         )
     scaled = coding.update_bound / norm if clamp and norm > coding.update_bound else 1.0
 
-    rotated = np.zeros(coding.padded, dtype=np.float32)  # (padded,)
-    rotated[: coding.length] = vector
-    rotated = rotated[_permutation(coding, key)]
-    _apply_signs(rotated, key)
-    _hadamard(rotated, coding.block)
-
-    factor = scaled / (coding.scale * math.sqrt(coding.block))
+    rotation = Rotation(key, padded=coding.padded, block=coding.block)
+    # Whole numbers on a grid so fine that their sums in a block are just exact: the same words on every machine.
+    grid = 2.0 ** (_EXACT_BITS - math.frexp(norm * math.sqrt(coding.block))[1])
+    factor = scaled / (coding.scale * math.sqrt(coding.block) * grid)
     words = np.empty(coding.padded, dtype=np.int32)  # (padded,)
     clamped = 0
-    for start in range(0, coding.padded, _CHUNK):
-        chunk = rotated[start : start + _CHUNK] * np.float64(factor)
+    for piece in rotation.pieces():
+        gathered = _gather(vector, rotation.sources(piece))
+        rotated = rotation.forward(np.rint(np.multiply(gathered, grid, dtype=np.float64)), piece)
+        rotated *= factor
         if clamp:
-            clamped += int(np.count_nonzero(np.abs(chunk) > coding.levels))
-            np.clip(chunk, -coding.levels, coding.levels, out=chunk)
-        words[start : start + _CHUNK] = _round(chunk, uniform, coding.ring_bits)
+            clipped = np.clip(rotated, -coding.levels, coding.levels)
+            clamped += int(np.count_nonzero(clipped != rotated))
+            rotated = clipped
+        words[piece] = _round(rotated, uniform, coding.ring_bits)
     return Encoded(words=words, clamped=clamped, scaled=scaled)
 
 
@@ -246,7 +240,7 @@ def decode_sum(sum_words: Sums, *, coding: Coding, key: bytes) -> Vector:
     Raises:
         VerificationError: The sum is of another length or type, or no sum of R-bit words.
 
-    *Guarantees.* Equal inputs give equal bits on every machine: integer butterflies of at most 2^45 are exact in any
+    *Guarantees.* Equal inputs give equal bits on every machine: sums of integers of at most 2^45 are exact in any
     order, then one correctly rounded conversion and one correctly rounded product remain.
     """
     if sum_words.dtype != np.int64 or sum_words.shape != (coding.padded,):
@@ -254,14 +248,34 @@ def decode_sum(sum_words: Sums, *, coding: Coding, key: bytes) -> Vector:
     half = 1 << (coding.ring_bits - 1)
     if sum_words.size and not -half <= int(sum_words.min()) <= int(sum_words.max()) < half:
         raise VerificationError(f"expected a sum within {coding.ring_bits} bits, got a larger one")
-    rotated = sum_words.copy()
-    _hadamard(rotated, coding.block)
-    values = rotated.astype(np.float32)  # (padded,)
-    values *= np.float32(coding.scale / math.sqrt(coding.block))
-    _apply_signs(values, key)
+    return _decode(lambda piece: sum_words[piece], coding, key)
+
+
+def decode_file(path: Path, *, coding: Coding, key: bytes) -> Vector:
+    """`decode_sum` of a packed file, read piece by piece: nothing of the sum's length but the result is in memory.
+
+    Raises:
+        VerificationError: The file is of another size.
+    """
+    _check_packed_size(path, coding)
+    bits = coding.ring_bits
+    with path.open("rb") as file:
+
+        def words(piece: slice) -> Words:
+            file.seek(packed_size(piece.start, bits))
+            count = piece.stop - piece.start
+            return unpack(file.read(packed_size(count, bits)), bits, count)
+
+        return _decode(words, coding, key)
+
+
+def _decode(words: Callable[[slice], NDArray[np.signedinteger]], coding: Coding, key: bytes) -> Vector:
+    rotation = Rotation(key, padded=coding.padded, block=coding.block)
+    scale = np.float32(coding.scale / math.sqrt(coding.block))
     vector = np.empty(coding.padded, dtype=np.float32)
-    vector[_permutation(coding, key)] = values
-    return vector[: coding.length].copy()
+    for piece in rotation.pieces():
+        vector[rotation.sources(piece)] = rotation.backward(words(piece), piece, scale)
+    return vector[: coding.length]
 
 
 def add_packed_files(paths: Sequence[Path], *, coding: Coding, out: Path) -> str:
@@ -285,8 +299,8 @@ def add_packed_files(paths: Sequence[Path], *, coding: Coding, out: Path) -> str
     part = out.with_name(out.name + ".part")
     state = hashlib.sha256()
     with part.open("wb") as file:
-        for start in range(0, coding.padded, _CHUNK):
-            count = min(_CHUNK, coding.padded - start)
+        for start in range(0, coding.padded, CHUNK):
+            count = min(CHUNK, coding.padded - start)
             piece = pack(_sum_of_chunks(paths, start, count, coding), coding.ring_bits)
             state.update(piece)
             file.write(piece)
@@ -330,53 +344,18 @@ def _round(values: NDArray[np.float64], uniform: Uniform, ring_bits: int) -> Wor
     return signed((integers & 0xFFFFFFFF).astype(np.uint32), ring_bits)
 
 
-def _hadamard(values: NDArray[_Number], block: int) -> None:
-    """Unnormalised Walsh-Hadamard transform of each block, in place, a cache-sized group of blocks at a time."""
-    group = max(1, _CHUNK // block) * block
-    for start in range(0, values.size, group):
-        piece = values[start : start + group]
-        half = 1
-        while half < block:
-            pairs = piece.reshape(-1, 2, half)
-            upper = pairs[:, 0] - pairs[:, 1]
-            pairs[:, 0] += pairs[:, 1]
-            pairs[:, 1] = upper
-            half *= 2
+def _chunks(vector: Vector) -> Iterator[Vector]:
+    """Consecutive pieces that stay in a core's cache."""
+    return (vector[start : start + CHUNK] for start in range(0, vector.size, CHUNK))
 
 
-def _permutation(coding: Coding, key: bytes) -> NDArray[np.int64]:
-    """A public permutation: where each coded position comes from.  # (padded,)
-
-    The order of random 64-bit numbers whose low bits are replaced by the position: all distinct, so every sorting
-    algorithm gives the same.
-    """
-    low = np.uint64((1 << coding.padded.bit_length()) - 1)
-    numbers = np.frombuffer(_stream(key, b"permutation", 8 * coding.padded), dtype="<u8").astype(np.uint64)
-    numbers &= ~low
-    numbers |= np.arange(coding.padded, dtype=np.uint64)
-    numbers.sort()
-    numbers &= low
-    return numbers.view(np.int64)
-
-
-def _apply_signs(values: Vector, key: bytes) -> None:
-    """Multiply by public signs, in place."""
-    octets = np.frombuffer(_stream(key, b"signs", (values.size + 7) // 8), dtype=np.uint8)
-    bits = np.unpackbits(octets, count=values.size, bitorder="little")
-    np.negative(values, out=values, where=bits.view(np.bool_))
-
-
-def _stream(key: bytes, purpose: bytes, size: int) -> bytes:
-    """Public pseudo-random bytes of a round."""
-    return _aes_ctr(hashlib.sha256(key + b"|" + purpose).digest())(size)
-
-
-def _aes_ctr(key: bytes) -> Callable[[int], bytes]:
-    """The AES-256-CTR key stream from a zero counter; a key is used for one stream only."""
-    encryptor = Cipher(AES(key), CTR(bytes(16))).encryptor()
-    return lambda size: encryptor.update(bytes(size))
+def _gather(vector: Vector, sources: NDArray[np.int64]) -> Vector:
+    """The coordinates at `sources`, 0 where those lie in the padding."""
+    found: Vector = np.take(vector, sources, mode="clip")
+    found[sources >= vector.size] = 0.0
+    return found
 
 
 def _aes_uniform(key: bytes) -> Uniform:
-    stream = _aes_ctr(key)
+    stream = aes_ctr(key)
     return lambda count: np.frombuffer(stream(4 * count), dtype="<u4").astype(np.uint32)

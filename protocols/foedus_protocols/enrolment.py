@@ -32,7 +32,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from foedus_protocols.canonical import canonical_bytes, digest
-from foedus_protocols.certificates import certificate_name, check_own_certificate, parse_certificate
+from foedus_protocols.certificates import (
+    certificate_name,
+    check_own_certificate,
+    is_ca,
+    parse_certificate,
+    parse_certificates,
+    parse_der_certificate,
+)
 from foedus_protocols.channel import (
     TlsFiles,
     answering,
@@ -102,16 +109,20 @@ class EnrolmentStatus:
         """Check what an approval brought before it is kept.
 
         Raises:
-            VerificationError: Not approved, the CA is not the pinned one, or the certificate is not for `org` in that
-                federation.
-            ConnectError: The certificate is not for our key, not that CA's, or not valid now.
+            VerificationError: Not approved, the pinned CA is not among those that it brings, or the certificate is not
+                for `org` in that federation.
+            ConnectError: The certificate is not for our key, not one of these CAs', or not valid now.
+
+        Guarantees:
+            More than one CA is accepted only from who holds the pinned one's key: the answer came over a channel that
+            trusts no other.
         """
         if self.state != "approved":
             raise VerificationError(f"expected an approved request, this one is {self.state}")
-        ca, certificate = parse_certificate(self.ca_pem), parse_certificate(self.certificate_pem)
-        if spki_fingerprint(ca) != parse_fingerprint(ca_fingerprint):
+        cas, certificate = parse_certificates(self.ca_pem), parse_certificate(self.certificate_pem)
+        if parse_fingerprint(ca_fingerprint) not in [spki_fingerprint(ca) for ca in cas]:
             raise VerificationError("expected the CA whose fingerprint was given, the approval brings another")
-        check_own_certificate(certificate, key=tls_key, ca=ca)
+        check_own_certificate(certificate, key=tls_key, cas=cas)
         if certificate_name(certificate) != PeerName(federation=self.federation, org=org):
             raise VerificationError(f"expected a certificate for {org!r} in {self.federation!r}, got another name")
         if len(self.operator_key) != 64:
@@ -335,7 +346,7 @@ def fetch_ca(address: str, fingerprint: str, *, proxy: str | None = None) -> byt
         VerificationError: No certificate in the chain is a CA with that key.
     """
     for certificate in _shown_chain(address, proxy):
-        if spki_fingerprint(certificate) == fingerprint and _is_ca(certificate):
+        if spki_fingerprint(certificate) == fingerprint and is_ca(certificate):
             return certificate.public_bytes(Encoding.PEM)
     raise VerificationError(
         f"expected {address} to show the CA with fingerprint {fingerprint}, it shows another; check the fingerprint "
@@ -360,7 +371,7 @@ def _shown_chain(address: str, proxy: str | None) -> list[x509.Certificate]:
         raise ConnectError(f"expected a coordinator's enrolment port at {address}, got: {error}") from error
     finally:
         connection.close()
-    return [x509.load_der_x509_certificate(one) for one in chain]
+    return [parse_der_certificate(one) for one in chain]
 
 
 def _through(proxy: str, host: str, port: int, tls: ssl.SSLContext) -> http.client.HTTPSConnection:
@@ -383,13 +394,6 @@ def _unverified_chain(connection: ssl.SSLSocket) -> list[bytes]:
         return list(connection.get_unverified_chain())
     shown = connection._sslobj.get_unverified_chain() or []  # type: ignore[attr-defined]
     return [ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in shown]
-
-
-def _is_ca(certificate: x509.Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, ValueError):
-        return False
 
 
 __all__ = [

@@ -12,6 +12,7 @@ one is spoken, and what is new in the higher one is left out. A larger differenc
 
 from __future__ import annotations
 
+from importlib.metadata import version as version_of
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +23,7 @@ from foedus_protocols.receipt import Receipt
 
 PROTOCOL = 1
 MINOR = 1
+PROGRAM = version_of("foedus")  # Said in hello, for people: decisions are made by the protocol's numbers.
 RECEIPTS_PER_HELLO = 40
 
 _Pem = Annotated[str, Field(max_length=16 * 1024)]

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
+_MOST_LAYERS = 4096
 _WIRE = np.dtype("<f4")
 
 # Switches of PEFT's LoRA that change what the matrices mean; an adapter that sets one is refused, not misread.
@@ -139,7 +140,8 @@ def attention_layout(config: Mapping[str, Any], *, rank: int) -> Layout:
         Tensors in layer order; within a layer q, k, v, o; A before B.
 
     Raises:
-        ConfigError: A field is missing or not a positive integer, or the rank is not positive.
+        ConfigError: A field is missing or not a positive integer, the rank is not positive, or there are more layers
+            than any model has: the configuration may be somebody else's.
     """
     if rank < 1:
         raise ConfigError(f"expected a LoRA rank of at least 1, got {rank}")
@@ -149,9 +151,17 @@ def attention_layout(config: Mapping[str, Any], *, rank: int) -> Layout:
     inner = heads * head_dim
     key_value = _positive(config, "num_key_value_heads") * head_dim
     widths = ((hidden, inner), (hidden, key_value), (hidden, key_value), (inner, hidden))  # (in, out) of q, k, v, o
+    layers = _positive(config, "num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise ConfigError(f"expected at most {_MOST_LAYERS} layers in the base's config.json, got {layers}")
+    return _attention_layout(widths, layers, rank)
+
+
+@lru_cache(maxsize=16)  # Asked for before each round, and so is the digest that the layout then keeps.
+def _attention_layout(widths: tuple[tuple[int, int], ...], layers: int, rank: int) -> Layout:
     tensors: list[Tensor] = []
     offsets = {True: 0, False: 0}
-    for layer in range(_positive(config, "num_hidden_layers")):
+    for layer in range(layers):
         for target, (fan_in, fan_out) in zip(TARGETS, widths, strict=True):
             prefix = f"base_model.model.model.layers.{layer}.self_attn.{target}"
             for factor, shape in (("lora_A", (rank, fan_in)), ("lora_B", (fan_out, rank))):
@@ -200,6 +210,12 @@ def flatten(layout: Layout, tensors: Mapping[str, Vector]) -> Vector:
         _check_matrix(tensor, tensors.get(tensor.name))
         vector[tensor.offset : tensor.offset + tensor.size] = tensors[tensor.name].reshape(-1)
     return vector
+
+
+@lru_cache(maxsize=16)  # Asked before each round, and a hash of 100 MB of zeros.
+def initial_digest(layout: Layout) -> str:
+    """The digest of `initial_vector`."""
+    return vector_digest(initial_vector(layout))
 
 
 def vector_bytes(vector: Vector) -> bytes:

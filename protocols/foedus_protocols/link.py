@@ -3,7 +3,8 @@
 Control messages are polled and delivered as signed envelopes; vectors, sums and charters travel beside them, named by
 digest, in chunks of 1 MiB that resume where a connection broke. The idea that keeps memory flat is **grant before
 bytes**: of all organisations that want to push or pull a large file, `slots` may at a time, and none of the others
-sends anything, since what grows with organisations is gRPC's own buffers and not our code's.
+sends anything, since what grows with organisations is gRPC's own buffers and not our code's. No member holds more than
+one of the slots, or more than a few calls (`turns.py`).
 
 Handlers are plain threads: file, hash and database calls block anyway, and asyncio was not measurably faster. This
 module is the coordinator's side; `link_client.py` is the organisation's.
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,11 +41,12 @@ from foedus_protocols.identity import COORDINATOR
 from foedus_protocols.link_client import LinkClient
 from foedus_protocols.messages import MAX_BODY_BYTES
 from foedus_protocols.store import CHUNK_BYTES, Part, check_digest
+from foedus_protocols.turns import Turns
 from foedus_protocols.v1 import link_pb2, link_pb2_grpc
 
 MAX_CONTEXT_BYTES = 4 * 1024
 MAX_POLL_SECONDS = 30.0
-_POLL_SLICE_SECONDS = 1.0  # A waiting poll looks at roster, dates and shutdown this often.
+_POLL_SLICE_SECONDS = 0.5  # A waiting poll looks at roster, dates and shutdown this often.
 _WAITING_SECONDS = 5.0  # A transfer that waits for a slot hears from us this often, so that it does not look stalled.
 _SPARE_THREADS = 8
 
@@ -56,15 +58,17 @@ class LinkHandlers(Protocol):
     """
 
     def check_member(self, org: str, leaf_serial: str) -> None:
-        """Raise a VerificationError unless `org` is in the roster. Called at each call and each second of a stream.
+        """Raise a VerificationError unless `org` is a member and this certificate of it was issued and not revoked.
+
+        Called at each call, with each chunk of a transfer, and twice a second of a stream: it has to be cheap.
 
         Args:
             org: The organisation in the certificate.
             leaf_serial: The certificate's serial number in lower-case hexadecimal.
         """
 
-    def hello(self, org: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer an introduction. JSON both ways: versions, roster digest, operator key, time, renewals."""
+    def hello(self, org: str, body: dict[str, Any], leaf_serial: str) -> dict[str, Any]:
+        """Answer an introduction. JSON both ways (`hello.py`): versions, roster, receipts, CAs, renewals."""
 
     def poll(self, org: str, wait_seconds: float) -> bytes | None:
         """The oldest encoded envelope that `org` has not answered, waiting up to `wait_seconds` (1 at most) for one."""
@@ -150,21 +154,21 @@ class _Service(link_pb2_grpc.LinkServicer):
         self.stopping = threading.Event()
         self._handlers = handlers
         self._federation = federation
-        self._slots = threading.BoundedSemaphore(slots)
+        self._turns = Turns(slots)
         self._max_file_bytes = max_file_bytes
         self._lock = threading.Lock()
-        self._pushes: dict[str, grpc.ServicerContext] = {}
+        self._transfers: dict[str, grpc.ServicerContext] = {}
 
     def Hello(self, request: Any, context: grpc.ServicerContext) -> Any:
-        with answering(context):
-            peer = self._caller(context)
+        with answering(context), self._caller(context) as peer:
             body = _json_object(request.body, MAX_BODY_BYTES)
-            return link_pb2.HelloReply(body=canonical_bytes(self._handlers.hello(peer.org, body)))
+            return link_pb2.HelloReply(body=canonical_bytes(self._handlers.hello(peer.org, body, peer.serial)))
 
     def Poll(self, request: Any, context: grpc.ServicerContext) -> Any:
-        with answering(context):
-            peer = self._caller(context)
-            deadline = time.monotonic() + min(request.wait_seconds, MAX_POLL_SECONDS)
+        with answering(context), self._caller(context) as peer:
+            # Not a number is not greater than 0 either.
+            wait = min(request.wait_seconds, MAX_POLL_SECONDS) if request.wait_seconds > 0 else 0.0
+            deadline = time.monotonic() + wait
             while True:
                 left = deadline - time.monotonic()
                 envelope = self._handlers.poll(peer.org, min(max(left, 0.0), _POLL_SLICE_SECONDS))
@@ -175,8 +179,7 @@ class _Service(link_pb2_grpc.LinkServicer):
                     return link_pb2.PollReply()
 
     def Deliver(self, request: Any, context: grpc.ServicerContext) -> Any:
-        with answering(context):
-            peer = self._caller(context)
+        with answering(context), self._caller(context) as peer:
             if len(request.envelope) > MAX_ENVELOPE_BYTES:
                 raise VerificationError(f"expected an envelope of at most {MAX_ENVELOPE_BYTES} bytes, got more")
             self._handlers.deliver(peer.org, request.envelope)
@@ -184,13 +187,13 @@ class _Service(link_pb2_grpc.LinkServicer):
 
     def Push(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
         with answering(context), ExitStack() as stack:
-            peer = self._caller(context)
+            peer = stack.enter_context(self._caller(context))
             watched = stack.enter_context(self.watch.over(context.cancel, lambda: self._check(peer)))
             header = _push_header(next(requests, None), self._max_file_bytes)
             info = _json_object(header.context, MAX_CONTEXT_BYTES)
             self._replace(header.digest, context)
             if header.size > CHUNK_BYTES:
-                yield from self._wait_for_slot(stack, context, watched, link_pb2.PushReply)
+                yield from self._wait_for_slot(peer.org, stack, context, watched, link_pb2.PushReply)
             part = stack.enter_context(self._handlers.granted(peer.org, header.digest, header.size, info))
             yield link_pb2.PushReply(granted_offset=part.offset)
             _receive(requests, part, watched, lambda: self._check(peer))
@@ -200,7 +203,7 @@ class _Service(link_pb2_grpc.LinkServicer):
 
     def Pull(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         with answering(context), ExitStack() as stack:
-            peer = self._caller(context)
+            peer = stack.enter_context(self._caller(context))
             watched = stack.enter_context(self.watch.over(context.cancel, lambda: self._check(peer)))
             check_digest(request.digest)
             path = self._handlers.path_of(peer.org, request.digest)
@@ -208,7 +211,8 @@ class _Service(link_pb2_grpc.LinkServicer):
             if request.offset > size:
                 raise VerificationError(f"expected an offset within {size} bytes, got {request.offset}")
             if size - request.offset > CHUNK_BYTES:
-                yield from self._wait_for_slot(stack, context, watched, link_pb2.PullReply)
+                self._replace(f"{peer.org} {request.digest}", context)
+                yield from self._wait_for_slot(peer.org, stack, context, watched, link_pb2.PullReply)
             yield link_pb2.PullReply(size=size)
             with path.open("rb") as file:
                 file.seek(request.offset)
@@ -217,44 +221,47 @@ class _Service(link_pb2_grpc.LinkServicer):
                     yield link_pb2.PullReply(chunk=chunk)
                     watched.progress()
 
-    def _caller(self, context: grpc.ServicerContext) -> Peer:
+    @contextmanager
+    def _caller(self, context: grpc.ServicerContext) -> Iterator[Peer]:
+        """The member that calls, counted for as long as the call lasts."""
         peer = peer_of(context, self._federation)
         self._check(peer)
-        return peer
+        with self._turns.call(peer.org):
+            yield peer
 
     def _check(self, peer: Peer) -> None:
         peer.check_dates()
         self._handlers.check_member(peer.org, peer.serial)
 
-    def _replace(self, digest: str, context: grpc.ServicerContext) -> None:
-        """Cut off an older push of the same file: its peer broke off and our side has not noticed yet."""
+    def _replace(self, what: str, context: grpc.ServicerContext) -> None:
+        """Cut off an older transfer of the same file: its peer broke off, and our side has not noticed yet."""
 
         def forget() -> None:
             with self._lock:
-                if self._pushes.get(digest) is context:
-                    del self._pushes[digest]
+                if self._transfers.get(what) is context:
+                    del self._transfers[what]
 
         with self._lock:
-            older = self._pushes.get(digest)
-            self._pushes[digest] = context
+            older = self._transfers.get(what)
+            self._transfers[what] = context
         if older is not None:
             older.cancel()
         if not context.add_callback(forget):
             forget()
 
     def _wait_for_slot(
-        self, stack: ExitStack, context: grpc.ServicerContext, watched: Watched, reply: Callable[..., Any]
+        self, org: str, stack: ExitStack, context: grpc.ServicerContext, watched: Watched, reply: Callable[..., Any]
     ) -> Iterator[Any]:
         """Take one of the slots for as long as `stack` is open, and say "waiting" meanwhile."""
         said = time.monotonic()
-        while not self._slots.acquire(timeout=0.5):
+        while not self._turns.take_slot(org, 0.5):
             if self.stopping.is_set() or not context.is_active():
                 raise ConnectError("expected a free transfer slot, the coordinator is stopping; try again")
             watched.progress()
             if time.monotonic() - said > _WAITING_SECONDS:
                 said = time.monotonic()
                 yield reply(waiting=link_pb2.Waiting())
-        stack.callback(self._slots.release)
+        stack.callback(self._turns.give_slot_back, org)
         watched.progress()
 
 

@@ -264,7 +264,10 @@ def _shards_of_index(folder: Path) -> list[str]:
     weight_map = _read_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX_FILE}: expected a 'weight_map' of tensor names to files")
-    return sorted(set(weight_map.values()))
+    shards = list(weight_map.values())
+    if not all(isinstance(shard, str) for shard in shards):
+        raise CheckpointError(f"{folder / INDEX_FILE}: expected file names in 'weight_map', got something else")
+    return sorted(set(shards))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"expected {path.name} in {path.parent}, got: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected JSON, got something else ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(value).__name__}")

@@ -15,7 +15,7 @@ The message types, and who answers what::
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ from foedus_protocols.canonical import canonical_bytes, parse_canonical
 from foedus_protocols.errors import VerificationError
 
 MAX_BODY_BYTES = 64 * 1024
+MAX_HISTORY_BYTES = 64 << 20
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
@@ -30,7 +31,9 @@ OrgId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class Body(BaseModel):
-    """Base of every message body."""
+    """Base of every message body, and of the two files that are written like one."""
+
+    max_bytes: ClassVar[int] = MAX_BODY_BYTES
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -45,8 +48,8 @@ class Body(BaseModel):
         Raises:
             VerificationError: Too long, not canonical, or not of this shape. The text names fields, never values.
         """
-        if len(data) > MAX_BODY_BYTES:
-            raise VerificationError(f"expected a body of at most {MAX_BODY_BYTES} bytes, got {len(data)}")
+        if len(data) > cls.max_bytes:
+            raise VerificationError(f"expected a {cls.__name__} of at most {cls.max_bytes} bytes, got {len(data)}")
         value = parse_canonical(data)
         try:
             return cls.model_validate(value)
@@ -158,7 +161,12 @@ class ClosedRound(Body):
 
 
 class History(Body):
-    """The closed rounds of a run, oldest first. Failed rounds leave no entry: they change no adapter."""
+    """The closed rounds of a run, oldest first. Failed rounds leave no entry: they change no adapter.
+
+    It grows with the run and is always a file, never the body of an envelope: 2000 rounds of 100 survivors are 3 MB.
+    """
+
+    max_bytes: ClassVar[int] = MAX_HISTORY_BYTES
 
     charter_digest: Digest
     rounds: list[ClosedRound]

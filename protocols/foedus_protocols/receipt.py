@@ -88,3 +88,15 @@ def open_receipt(
         raise VerificationError(f"expected a receipt for what we sent, got another {', '.join(wrong)}")
     verify(operator_key, RECEIPT_CONTEXT, _signed_bytes(receipt), receipt.signature)
     return receipt
+
+
+def verify_told_receipt(receipt: Receipt, *, operator_key: str, federation: str, org: str) -> None:
+    """Check a receipt that is told again: it is the operator's, and it was given to us. What it is for is in it.
+
+    Raises:
+        VerificationError: Another federation's or organisation's, or not signed by this operator.
+    """
+    for name, value in {"federation": federation, "org": org}.items():
+        if getattr(receipt, name) != value:
+            raise VerificationError(f"expected receipts of ours, got one of another {name}")
+    verify(operator_key, RECEIPT_CONTEXT, _signed_bytes(receipt), receipt.signature)

@@ -3,6 +3,8 @@
 A file enters whole (`put`) or piece by piece from a connection that may break (`open_part`); either way it appears
 under its digest only when every byte is on the disk and the digest is right. Whoever acknowledges a file after that
 loses nothing in a crash. One process owns a store; a second one would resume the same parts.
+
+A disk that is full, read-only or broken shows as `files.DiskTrouble`; what was received before it stays for a resume.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import os
 import re
 import secrets
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from foedus_protocols.errors import StateError, VerificationError
-from foedus_protocols.files import sync_folder, write_durably
+from foedus_protocols.files import disk_errors, sync_folder, write_durably
 
 CHUNK_BYTES = 1 << 20  # Offsets of resumed transfers are multiples of this, and so is what is read at once.
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -39,7 +42,8 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._parts = root / "parts"
-        self._parts.mkdir(parents=True, exist_ok=True)
+        with disk_errors(root):
+            self._parts.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._open: dict[str, Part] = {}
 
@@ -77,49 +81,96 @@ class FileStore:
         Args:
             path: The file, which nobody writes to meanwhile.
             move: Take the file itself where it lies on the same disk, instead of a copy.
+
+        Raises:
+            DiskTrouble: Nothing was taken in; a file that was to be moved may be gone.
         """
         source = self._parts / f"put-{secrets.token_hex(8)}.tmp"
-        state = hashlib.sha256()
-        try:
-            if move and path.stat().st_dev == self._parts.stat().st_dev:
-                path.replace(source)
-                with source.open("rb+") as file:
-                    while piece := file.read(CHUNK_BYTES):
-                        state.update(piece)
-                    os.fsync(file.fileno())
-            else:
-                with path.open("rb") as file, source.open("xb") as copy:
-                    while piece := file.read(CHUNK_BYTES):
-                        state.update(piece)
-                        copy.write(piece)
-                    copy.flush()
-                    os.fsync(copy.fileno())
-                if move:
-                    path.unlink()
-            digest = state.hexdigest()
-            self._adopt(source, digest)
-        finally:
-            source.unlink(missing_ok=True)
+        with disk_errors(self.root):
+            try:
+                digest = self._take(path, source, move=move)
+                self._adopt(source, digest)
+            finally:
+                source.unlink(missing_ok=True)
         return digest
 
+    def _take(self, path: Path, source: Path, *, move: bool) -> str:
+        """Bring a file's bytes to `source`, durably, and return their digest."""
+        state = hashlib.sha256()
+        if move and path.stat().st_dev == self._parts.stat().st_dev:
+            path.replace(source)
+            with source.open("rb+") as file:
+                while piece := file.read(CHUNK_BYTES):
+                    state.update(piece)
+                os.fsync(file.fileno())
+            return state.hexdigest()
+        with path.open("rb") as file, source.open("xb") as copy:
+            while piece := file.read(CHUNK_BYTES):
+                state.update(piece)
+                copy.write(piece)
+            copy.flush()
+            os.fsync(copy.fileno())
+        if move:
+            path.unlink()
+        return state.hexdigest()
+
+    def adopt(self, path: Path, digest: str) -> Path:
+        """Take a file as it is, and return its place: for a caller that computed the digest while it wrote and synced.
+
+        Args:
+            path: The file itself, on the store's own disk; it is gone afterwards.
+            digest: Its SHA-256, which is not computed a second time.
+
+        Raises:
+            DiskTrouble: It was not taken.
+        """
+        with disk_errors(self.root):
+            return self._adopt(path, digest)
+
     def put_bytes(self, data: bytes) -> str:
-        """Take in bytes, and return their digest once they are durable."""
+        """Take in bytes, and return their digest once they are durable.
+
+        Raises:
+            DiskTrouble: Nothing was taken in.
+        """
         digest = hashlib.sha256(data).hexdigest()
         place = self._place(digest)
         if not place.is_file():
-            self._make_folder(place)
-            write_durably(place, data)
+            with disk_errors(self.root):
+                self._make_folder(place)
+                write_durably(place, data)
         return digest
 
     def delete(self, digest: str) -> None:
         """Erase a file and what came of it in parts; nothing happens where there is none."""
-        self._place(digest).unlink(missing_ok=True)
+        with disk_errors(self.root):
+            self._place(digest).unlink(missing_ok=True)
         self.drop_part(digest)
 
     def drop_part(self, digest: str) -> None:
         """Erase what came of a file in parts, and leave the file."""
         check_digest(digest)
-        (self._parts / f"{digest}.part").unlink(missing_ok=True)
+        with disk_errors(self.root):
+            (self._parts / f"{digest}.part").unlink(missing_ok=True)
+
+    def drop_parts(self, *, older_than_seconds: float, keep: frozenset[str] = frozenset()) -> int:
+        """Erase leftovers of transfers that nobody goes on with, and return how many there were.
+
+        Args:
+            older_than_seconds: Only what was last written to so long ago, so that a transfer that goes on in this or
+                another process is left alone.
+            keep: Digests whose parts stay whatever their age.
+        """
+        before = time.time() - older_than_seconds
+        with self._lock, disk_errors(self.root):
+            stale = [
+                path
+                for path in self._parts.iterdir()
+                if path.stem not in keep and path.stem not in self._open and path.stat().st_mtime <= before
+            ]
+            for path in stale:
+                path.unlink(missing_ok=True)
+        return len(stale)
 
     def received(self, digest: str) -> int:
         """How many bytes of a file came in before its connection broke, in whole chunks: where to resume."""
@@ -142,7 +193,7 @@ class FileStore:
         check_digest(digest)
         if size < 0:
             raise VerificationError(f"expected a size of 0 bytes or more, got {size}")
-        with self._lock:
+        with self._lock, disk_errors(self.root):
             if older := self._open.pop(digest, None):
                 older._abandon()
             part = Part(self, digest, size)
@@ -230,14 +281,22 @@ class Part:
         Raises:
             VerificationError: More than the announced size.
             StateError: Another connection took over, or the part is closed.
+            DiskTrouble: The bytes did not fit. Close the part; what is there stays for a resume.
         """
-        with self._lock:
+        with self._lock, disk_errors(self._path):
             if self._file is None:
                 reason = "another connection took over" if self._abandoned else "nothing more is expected"
                 raise StateError(f"expected an open part of {self.digest}, {reason}")
             if self.offset + len(chunk) > self.size:
                 raise VerificationError(f"expected {self.size} bytes of {self.digest} as announced, got more")
-            self._file.write(chunk)
+            # An unbuffered file may take fewer bytes than it was given, as the last ones of a disk that fills up.
+            rest = memoryview(chunk)
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._close_file()  # Where the next chunk would go is no longer known.
+                raise
             self._hash.update(chunk)
             self.offset += len(chunk)
 
@@ -247,8 +306,9 @@ class Part:
         Raises:
             VerificationError: Fewer bytes than announced (they stay for a resume), or another digest (they are erased).
             StateError: Another connection took over.
+            DiskTrouble: The file is not durable; its bytes stay for a resume.
         """
-        with self._lock:
+        with self._lock, disk_errors(self._path):
             if not self.complete:
                 raise VerificationError(
                     f"expected {self.size} bytes of {self.digest}, the stream ended at {self.offset}"

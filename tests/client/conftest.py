@@ -166,7 +166,7 @@ class FakeCoordinator:
     ) -> None:
         """Sum the survivors' vectors (and the organisation's own words, where given), and go one adapter further."""
         coding = self.charter.coding()
-        key = codec.coding_key(self.charter.digest, RUN, number)
+        key = self.charter.coding_key(RUN, number)
         paths = []
         for org, vector in vectors.items():
             weighted = vector * np.float32(self.charter.relative_weight(org))

@@ -97,7 +97,7 @@ class Office:
     def check_member(self, org: str, leaf_serial: str) -> None:
         self.roster.member(org)
 
-    def hello(self, org: str, body: dict[str, Any]) -> dict[str, Any]:
+    def hello(self, org: str, body: dict[str, Any], leaf_serial: str) -> dict[str, Any]:
         signed = SignedRoster.make(self.operator, self.roster)
         return {
             "protocol": 1,
@@ -105,6 +105,7 @@ class Office:
             "org": org,
             "operator_key": public_hex(self.operator),
             "roster_digest": self.roster.digest,
+            "roster_version": self.roster.version,
             "roster_signature": signed.signature,
             "server_time": 1.0,
         }

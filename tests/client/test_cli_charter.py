@@ -6,75 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from foedus_client import policy
-from foedus_client.config import ClientConfig, Home
 from foedus_client.ledger import Ledger
-from foedus_client.membership import update_rosters
-from foedus_client.policy import BaseEntry, DatasetEntry, Namespace
-from foedus_client.state import ClientState
-from foedus_model.presets import TINY
-from foedus_protocols.charter import Charter, charter_events
-from foedus_protocols.cli import main
-from foedus_protocols.identity import key_fingerprint, save_key
-from foedus_protocols.manifest import read_config, read_manifest
-from foedus_protocols.roster import SignedRoster
+from foedus_client.replay import adapter_bytes
+from foedus_protocols import codec, rules
+from foedus_protocols.canonical import digest
+from foedus_protocols.charter import charter_events
+from foedus_protocols.charter_extension import draft_extension
+from foedus_protocols.messages import ClosedRound, History
 from foedus_protocols.store import FileStore
-
-US = "ash"
-
-
-class Desk:
-    """The home of an organisation whose daemon has been offered a charter of epsilon 8, and the person there."""
-
-    def __init__(self, folder: Path, league: Any) -> None:
-        league.now, league.base, league.config = int(time.time()), read_manifest(TINY).digest, read_config(TINY)
-        self.home = Home(folder)
-        self.home.make()
-        save_key(self.home.signing_key, league.keys[US])
-        self.home.save(
-            ClientConfig(
-                org=US, enrolment="127.0.0.1:1", ca_fingerprint="0" * 64, federation=league.name,
-                operator_key=league.operator_key, link="127.0.0.1:2",
-            )
-        )  # fmt: skip
-        policy.write_template(self.home.policy)
-        policy.add_coordinator(self.home.policy, league.operator_key)
-        policy.add_base(self.home.policy, BaseEntry(digest=league.base, path=str(TINY)))
-        for org in ("birch", "cedar"):
-            policy.confirm_peer(self.home.policy, org, key_fingerprint(league.public(org)))
-        entry = DatasetEntry(name="d", purposes=["research"], namespace="people", files=["/d.jsonl"], units="patient")
-        terms = Namespace(unit="patient", units_at_most=64, epsilon_cap=8.0, delta=1e-5)
-        policy.add_dataset(self.home.policy, entry, terms)
-        self.charter: Charter = league.draft()
-        files = FileStore(self.home.files)
-        for content in (self.charter, *league.rosters):
-            files.put_bytes(content.canonical())
-        self.state = ClientState(self.home.state)
-        newest = SignedRoster.make(league.operator, league.rosters[-1])
-        update_rosters(
-            newest.roster.digest, newest.signature, us=self.home.membership(), state=self.state,
-            pull=lambda digest, _most: files.path(digest),
-        )  # fmt: skip
-        self.state.note_offer(
-            digest=self.charter.digest, run="r-1", name="first", purpose="research",
-            operator_signature=league.signature(self.charter),
-        )  # fmt: skip
-
-    def change(self, before: str, after: str) -> None:
-        """Change the policy, as a person would."""
-        head, found, tail = self.home.policy.read_text().rpartition(before)  # The last: comments come first.
-        assert found
-        self.home.policy.write_text(head + after + tail)
-
-    def approve(self) -> int:
-        with pytest.raises(SystemExit) as left:
-            main(["client", "charter", "approve", self.charter.digest[:12], "--home", str(self.home.root)])
-        assert isinstance(left.value.code, int)
-        return left.value.code
-
-    def stands(self) -> str:
-        return str(self.state.charter(self.charter.digest).state)
+from support.desk import US, Desk
 
 
 @pytest.fixture
@@ -123,3 +65,59 @@ def test_a_budget_that_was_given_to_another_charter_is_gone(
     assert desk.approve() == 6
     assert "raise epsilon_cap" in capsys.readouterr().err
     assert desk.stands() == "offered"
+
+
+def ended_run(desk: Desk, folder: Path) -> tuple[History, bytes]:
+    """The desk's charter is signed and its run over after one round; its history, and the sum's bytes."""
+    charter = desk.charter
+    desk.state.mark_signed(charter.digest, "a" * 128)
+    coding, key = charter.coding(), charter.coding_key("r-1", 1)
+    paths = []
+    for one in charter.participants:
+        vector = np.random.default_rng(len(paths)).normal(0, 0.01, coding.length).astype(np.float32)
+        encoded = codec.encode(vector, coding=coding, key=key, uniform=codec.seeded_uniform(one.id.encode()))
+        paths.append(folder / one.id)
+        paths[-1].write_bytes(codec.pack(encoded.words, coding.ring_bits))
+    desk.state.save_words(charter.digest, 1, digest="d" * 64, size=coding.packed_bytes)
+    codec.add_packed_files(paths, coding=coding, out=folder / "sum")
+    total = codec.decode_sum(codec.read_packed(folder / "sum", coding), coding=coding, key=key)
+    orgs = [one.id for one in charter.participants]
+    mean = rules.mean_of_sum(total, [charter.relative_weight(org) for org in orgs])
+    start = np.zeros(coding.length, np.float32)
+    adapter, _ = rules.advance(
+        start, mean, rule=charter.rule(), state=rules.initial_state(charter.rule(), coding.length)
+    )
+    entry = ClosedRound(
+        round=1, attempt=1, survivors=orgs, sum_digest=digest((folder / "sum").read_bytes()),
+        adapter_digest=digest(adapter_bytes(adapter)),
+    )  # fmt: skip
+    desk.state.mark_closed(charter.digest, "complete: 1 of 4 rounds")
+    return History(charter_digest=charter.digest, rounds=[entry]), (folder / "sum").read_bytes()
+
+
+def test_a_person_approves_an_extension_after_the_same_replay_as_the_daemons(
+    desk: Desk, league: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history, total = ended_run(desk, tmp_path)
+    old, files = desk.charter, FileStore(desk.home.files)
+    desk.change("epsilon_cap = 8.0", "epsilon_cap = 20.0")
+
+    def offer(start: str) -> None:
+        desk.charter, _ = draft_extension(
+            old, first=old, run="r-1", history=digest(history.encode()), adapter=start, opened=1, rounds=4,
+            roster=league.rosters[-1], now=int(time.time()), valid_seconds=86_400,
+        )  # fmt: skip
+        for data in (desk.charter.canonical(), history.encode(), total):
+            files.put_bytes(data)
+        desk.state.note_offer(
+            digest=desk.charter.digest, run=f"r-{start[:4]}", name="first", purpose="research",
+            operator_signature=league.signature(desk.charter),
+        )  # fmt: skip
+
+    offer("e" * 64)
+    assert desk.approve() == 5
+    assert "error: check 8:" in capsys.readouterr().err
+    assert desk.stands() == "offered"
+    offer(history.rounds[0].adapter_digest)
+    assert desk.approve() == 0
+    assert desk.stands() == "approved"

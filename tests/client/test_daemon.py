@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,272 +12,39 @@ from typing import Any
 
 import pytest
 from foedus_client import daemon as daemons
-from foedus_client import policy
-from foedus_client.config import ClientConfig, Home
-from foedus_client.daemon import Daemon
-from foedus_client.policy import BaseEntry, DatasetEntry, Namespace
+from foedus_client import greeting, life, offers
+from foedus_client import round as rounds
+from foedus_client.clock import MAX_SKEW_SECONDS
+from foedus_client.config import Home
+from foedus_client.ledger import Ledger
+from foedus_client.life import life_of
 from foedus_client.state import ClientState
-from foedus_protocols.charter import Charter, sign_charter, verify_charter_signature
-from foedus_protocols.charter_draft import draft
-from foedus_protocols.envelope import check_reply, open_envelope, seal
+from foedus_protocols.charter import verify_charter_signature
 from foedus_protocols.errors import ConnectError, DataError, StateError, VerificationError
-from foedus_protocols.identity import COORDINATOR, generate_signing_key, key_fingerprint, public_hex, save_key
-from foedus_protocols.manifest import read_config, read_manifest
+from foedus_protocols.files import DiskTrouble
+from foedus_protocols.hello import MINOR
+from foedus_protocols.identity import (
+    generate_signing_key,
+    public_hex,
+)
 from foedus_protocols.messages import (
     MAX_BODY_BYTES,
     AdvanceAnswer,
     AdvanceOrder,
-    Agreement,
     Body,
     CharterAnswer,
-    CharterOffer,
     CloseAnswer,
     CloseNotice,
     EvaluateAnswer,
     EvaluateOrder,
     History,
     TrainAnswer,
-    TrainOrder,
 )
 from foedus_protocols.receipt import sign_receipt
-from foedus_protocols.roster import Roster, SignedRoster
 from foedus_protocols.store import FileStore
+from support.daemon_bench import FEDERATION, OTHER, RUN, US, Bench, Coordinator
 
 pytestmark = pytest.mark.unit
-
-BASE = Path(__file__).parents[2] / "model" / "foedus_model" / "tiny"
-FEDERATION, RUN, US, OTHER = "north", "north-1", "ahorn", "birke"
-ANSWERS: dict[str, type[Body]] = {
-    "charter": CharterAnswer,
-    "train": TrainAnswer,
-    "advance": AdvanceAnswer,
-    "evaluate": EvaluateAnswer,
-    "close": CloseAnswer,
-}
-
-
-class Coordinator:
-    """A link whose other end is here: files, a queue of envelopes, receipts."""
-
-    def __init__(self, folder: Path, us: str, other: str) -> None:
-        self.key = generate_signing_key()
-        self.files = FileStore(folder / "coordinator")
-        first = Roster.genesis(FEDERATION)
-        second = first.add(OTHER, other, since=1)
-        self.rosters = [first, second, second.add(US, us, since=2)]
-        for roster in self.rosters:
-            self.files.put_bytes(roster.canonical())
-        self.sequence = 0
-        self.queue: list[bytes] = []
-        self.answers: list[bytes] = []
-        self.pushed: list[str] = []
-        self.cut = 0
-        self.closed = 0
-        self.clock = time.time() + 3600.0
-
-    def hello(self, body: dict[str, Any]) -> dict[str, Any]:
-        newest = SignedRoster.make(self.key, self.rosters[-1])
-        return {
-            "protocol": 1,
-            "federation": FEDERATION,
-            "org": US,
-            "operator_key": public_hex(self.key),
-            "roster_digest": newest.roster.digest,
-            "roster_signature": newest.signature,
-            "server_time": self.clock,
-        }
-
-    def poll(self, wait_seconds: float) -> bytes | None:
-        return self.queue[0] if self.queue else None
-
-    def deliver(self, envelope: bytes) -> None:
-        if self.cut:
-            self.cut -= 1
-            raise ConnectError("the line is cut")
-        self.answers.append(envelope)
-        if self.queue:
-            self.queue.pop(0)
-
-    def push(self, path: Path, digest: str, context: dict[str, Any]) -> dict[str, Any]:
-        self.pushed.append(digest)
-        receipt = sign_receipt(
-            self.key,
-            federation=FEDERATION,
-            run=context["run"],
-            round=context["round"],
-            org=US,
-            digest=digest,
-            size=path.stat().st_size,
-            verdict="included",
-            time=1,
-        )
-        return receipt.model_dump(mode="json")
-
-    def pull(self, digest: str, store: FileStore, *, max_bytes: int) -> Path:
-        if not store.has(digest):
-            if not self.files.has(digest):
-                raise VerificationError("no such file")
-            if self.files.path(digest).stat().st_size > max_bytes:
-                raise VerificationError("too long")
-            store.put(self.files.path(digest))
-        return store.path(digest)
-
-    def close(self) -> None:
-        self.closed += 1
-
-    def envelope(self, kind: str, body: Body, *, number: int = 0, **changes: Any) -> bytes:
-        self.sequence += 1
-        fields: dict[str, Any] = {
-            "type": kind,
-            "federation": FEDERATION,
-            "run": RUN,
-            "round": number,
-            "attempt": min(number, 1),
-            "sender": COORDINATOR,
-            "receiver": US,
-            "sequence": self.sequence,
-            "body": body.encode(),
-        }
-        return seal(changes.pop("key", self.key), **(fields | changes)).encode()
-
-
-class Bench:
-    """A joined organisation's home, its daemon, and the coordinator."""
-
-    def __init__(self, folder: Path, worker: Any) -> None:
-        self.home = Home(folder / "home")
-        self.home.make()
-        self.key, self.other = generate_signing_key(), generate_signing_key()
-        save_key(self.home.signing_key, self.key)
-        self.coordinator = Coordinator(folder, public_hex(self.key), public_hex(self.other))
-        self.worker = worker
-        self._configure()
-        self.charter = self._charter()
-        self.open()
-
-    def _configure(self) -> None:
-        self.home.save(
-            ClientConfig(
-                org=US,
-                enrolment="127.0.0.1:1",
-                ca_fingerprint="0" * 64,
-                federation=FEDERATION,
-                operator_key=public_hex(self.coordinator.key),
-                link="127.0.0.1:2",
-            )
-        )
-        rules = self.home.policy
-        policy.write_template(rules)
-        policy.add_coordinator(rules, public_hex(self.coordinator.key))
-        policy.add_base(rules, BaseEntry(digest=read_manifest(BASE).digest, path=str(BASE)))
-        policy.confirm_peer(rules, OTHER, key_fingerprint(public_hex(self.other)))
-        entry = DatasetEntry(name="d", purposes=["research"], namespace="patients", files=["/d.jsonl"], units="topic")
-        policy.add_dataset(rules, entry, Namespace(unit="topic", units_at_most=128, epsilon_cap=8.0, delta=1e-5))
-        self.set_policy(minimum_members="1", auto_sign="true", allow_unprotected="true")
-
-    def set_policy(self, **values: str) -> None:
-        """Change single values of the policy, as a person would."""
-        text = self.home.policy.read_text()
-        for name, value in values.items():
-            text = re.sub(rf"^{name} = .*$", f"{name} = {value}", text, count=1, flags=re.MULTILINE)
-        self.home.policy.write_text(text)
-
-    def _charter(self) -> Charter:
-        toml = {
-            "name": "trial",
-            "purpose": "research",
-            "domain": "medical",
-            "seed": 1,
-            "participants": [{"id": org, "unit": "topic", "units_at_most": 128} for org in (US, OTHER)],
-            "adapter": {"rank": 1},
-            "privacy": {"mode": "none", "rounds": 2},
-        }
-        charter = draft(
-            toml,
-            federation=FEDERATION,
-            roster=self.coordinator.rosters[-1],
-            base_digest=read_manifest(BASE).digest,
-            base_config=read_config(BASE),
-            base_name="tiny",
-            now=int(self.coordinator.clock) - 60,
-        )
-        self.coordinator.files.put_bytes(charter.canonical())
-        return charter
-
-    def open(self) -> None:
-        """A fresh daemon over the same home."""
-        self.state = ClientState(self.home.state)
-        self.stop = threading.Event()
-        self.daemon = Daemon(self.home, self.home.membership(), state=self.state, worker=self.worker, stop=self.stop)
-        self.daemon.greet(self.coordinator)
-
-    def restart(self) -> None:
-        """As after a kill."""
-        self.state.close()
-        self.open()
-
-    def ask(self, envelope: bytes) -> Body | None:
-        """Hand a message over, and return the answer's checked body, None where there was none."""
-        before = len(self.coordinator.answers)
-        self.coordinator.queue = [envelope]
-        self.daemon.handle(envelope, self.coordinator)
-        if len(self.coordinator.answers) == before:
-            return None
-        reply = open_envelope(
-            self.coordinator.answers[-1],
-            public_key=public_hex(self.key),
-            sender=US,
-            receiver=COORDINATOR,
-            federation=FEDERATION,
-        )
-        question = open_envelope(
-            envelope,
-            public_key=public_hex(self.coordinator.key),
-            sender=COORDINATOR,
-            receiver=US,
-            federation=FEDERATION,
-        )
-        check_reply(reply, to=question)
-        return ANSWERS[reply.header.type].decode(reply.body)
-
-    def offer(self, **changes: Any) -> bytes:
-        """The charter's offer."""
-        signature = sign_charter(self.coordinator.key, self.charter.digest)
-        body = CharterOffer(charter_digest=self.charter.digest, operator_signature=signature)
-        return self.coordinator.envelope("charter", body, **changes)
-
-    def sign(self) -> str:
-        """Have the charter signed."""
-        answer = self.ask(self.offer())
-        assert isinstance(answer, CharterAnswer)
-        assert answer.signature is not None
-        return answer.signature
-
-    def order(self, number: int = 1, *, signatures: dict[str, str] | None = None, **changes: Any) -> TrainOrder:
-        """A round's order, with everyone's signatures."""
-        mine = sign_charter(self.key, self.charter.digest)
-        theirs = sign_charter(self.other, self.charter.digest)
-        agreement = Agreement(
-            charter_digest=self.charter.digest,
-            operator_signature=sign_charter(self.coordinator.key, self.charter.digest),
-            signatures=signatures or {US: mine, OTHER: theirs},
-        )
-        history = History(charter_digest=self.charter.digest, rounds=[])
-        values = {
-            "charter_digest": self.charter.digest,
-            "agreement_digest": self.coordinator.files.put_bytes(agreement.encode()),
-            "round": number,
-            "attempt": 1,
-            "adapter_digest": self.charter.adapter.initial_digest,
-            "history_digest": self.coordinator.files.put_bytes(history.encode()),
-            "deadline": self.coordinator.clock + 1e6,
-            "evaluate": False,
-        }
-        return TrainOrder(**(values | changes))
-
-    def train(self, **changes: Any) -> Body | None:
-        """Order round 1."""
-        return self.ask(self.coordinator.envelope("train", self.order(**changes), number=1))
 
 
 @pytest.fixture
@@ -491,7 +259,7 @@ def test_a_stop_hangs_up_in_the_middle_of_a_call(bench: Bench, monkeypatch: pyte
     assert hung_up.is_set()
 
 
-@pytest.mark.parametrize(("late", "step"), [(daemons.MAX_SKEW_SECONDS / 2, None), (daemons.MAX_SKEW_SECONDS * 2, 3)])
+@pytest.mark.parametrize(("late", "step"), [(MAX_SKEW_SECONDS / 2, None), (MAX_SKEW_SECONDS * 2, 3)])
 def test_a_lie_about_the_time_keeps_no_charter_alive(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, late: float, step: int | None
 ) -> None:
@@ -523,3 +291,328 @@ def test_advance_of_an_empty_history_is_the_first_adapter(bench: Bench) -> None:
     order = AdvanceOrder(charter_digest=bench.charter.digest, round=1, history_digest=digest)
     answer = bench.ask(bench.coordinator.envelope("advance", order, number=1))
     assert answer == AdvanceAnswer(adapter_digest=bench.charter.adapter.initial_digest)
+
+
+# What must not end the daemon, nor hold up the rest.
+
+
+def _ask_until_answered(bench: Bench, envelope: bytes, times: int) -> Body | None:
+    """Hand a message over so often, and return the last answer."""
+    answer = None
+    for _ in range(times):
+        assert answer is None
+        answer = bench.ask(envelope)
+    return answer
+
+
+def _defect(*_: object, **__: object) -> None:
+    raise RuntimeError("patient 4711 has a cough")
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "charter"])
+def test_a_message_that_always_fails_is_answered_with_nothing_in_the_end(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    if kind == "charter":
+        envelope = bench.offer()
+        monkeypatch.setattr(offers, "check_charter", _defect)
+        expected: Body = CharterAnswer(refused_step=10)
+    else:
+        bench.sign()
+        monkeypatch.setattr(rounds, "catch_up", _defect)
+        order = bench.order()
+        if kind == "train":
+            envelope, expected = bench.coordinator.envelope("train", order, number=1), TrainAnswer()
+        else:
+            last = EvaluateOrder(**order.model_dump(exclude={"attempt", "evaluate"}))
+            envelope, expected = bench.coordinator.envelope("evaluate", last, number=3), EvaluateAnswer()
+    assert _ask_until_answered(bench, envelope, daemons.POISON_FAILURES) == expected
+    assert "4711" not in caplog.text
+    assert "RuntimeError" in caplog.text
+    assert "4711" not in str(life_of(bench.state))
+
+
+def test_a_message_that_failed_is_put_aside_and_others_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.sign()
+    poison = bench.coordinator.envelope("train", bench.order(), number=1)
+    monkeypatch.setattr(rounds, "catch_up", _defect)
+    assert bench.ask(poison) is None
+    bench.coordinator.queue = [poison]
+    assert bench.daemon._next(bench.coordinator) is None  # It came again, and is not looked at yet.
+    notice = CloseNotice(charter_digest=bench.charter.digest, outcome="failed", reason="again")
+    assert bench.ask(bench.coordinator.envelope("close", notice)) == CloseAnswer()
+
+
+def test_what_failed_for_a_while_is_answered_in_full_afterwards(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.sign()
+    envelope = bench.coordinator.envelope("train", bench.order(), number=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(rounds, "catch_up", _defect)
+        assert bench.ask(envelope) is None
+    answer = bench.ask(envelope)
+    assert isinstance(answer, TrainAnswer)
+    assert answer.vector_digest is not None
+
+
+def test_a_policy_that_cannot_be_read_refuses_no_charter(bench: Bench) -> None:
+    text = bench.home.policy.read_text()
+    bench.home.policy.write_text("auto_sign = perhaps")
+    offer = bench.offer()
+    assert _ask_until_answered(bench, offer, daemons.POISON_FAILURES + 2) is None
+    bench.home.policy.write_text(text)
+    answer = bench.ask(offer)
+    assert isinstance(answer, CharterAnswer)
+    assert answer.signature is not None
+
+
+def test_a_charter_that_the_ledger_cannot_judge_is_refused_at_check_10(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*_: object, **__: object) -> None:
+        raise VerificationError("nothing is left of delta")
+
+    monkeypatch.setattr(offers, "admit_charter", judge)
+    assert bench.ask(bench.offer()) == CharterAnswer(refused_step=10)
+
+
+@pytest.mark.parametrize("where", ["client.db", "ledger.db", "files", "anywhere"])
+def test_a_full_disk_lets_nothing_leave_and_passes(bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    bench.sign()
+    envelope = bench.coordinator.envelope("train", bench.order(), number=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO)) if where == "anywhere" else DiskTrouble("the disk is full")
+
+    owner, method = {
+        "client.db": (ClientState, "save_answer"),
+        "ledger.db": (Ledger, "reserve"),
+        "files": (FileStore, "put_bytes"),
+        "anywhere": (rounds, "catch_up"),
+    }[where]
+    before = len(bench.coordinator.answers)
+    with monkeypatch.context() as disk:
+        disk.setattr(owner, method, full)
+        for _ in range(daemons.POISON_FAILURES + 1):  # However often: it is no poison.
+            with pytest.raises(DiskTrouble):
+                bench.ask(envelope)
+    assert len(bench.coordinator.answers) == before
+    answer = bench.ask(envelope)
+    assert isinstance(answer, TrainAnswer)
+    assert [answer.vector_digest] == list(dict.fromkeys(bench.coordinator.pushed))
+
+
+def test_the_loop_outlives_defects_and_disks_and_says_each_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("_FIRST_PAUSE", "_LONGEST_PAUSE", "_TROUBLE_PAUSE"):
+        monkeypatch.setattr(daemons, name, 0.001)
+    troubles = iter(
+        [ValueError("patient 4711"), *[DiskTrouble("the disk is full")] * 3, *[ConnectError("nobody there")] * 3]
+    )
+
+    def hello(body: dict[str, Any]) -> dict[str, Any]:
+        error = next(troubles, None)
+        if error is None:
+            bench.stop.set()
+            raise ConnectError("closed")
+        raise error
+
+    monkeypatch.setattr(bench.coordinator, "hello", hello)
+    bench.daemon.serve(lambda: bench.coordinator)
+    assert [caplog.text.count(text) for text in ("ValueError", "disk is full", "nobody there")] == [1, 1, 1]
+    assert "4711" not in caplog.text
+
+
+# What a person tells a running daemon.
+
+
+def test_a_paused_daemon_trains_nothing_and_answers_the_rest(bench: Bench) -> None:
+    bench.sign()
+    life.pause(ClientState(bench.home.state), "machine is needed")
+    assert bench.train() == TrainAnswer()
+    assert bench.worker.trained == 0
+    history = History(charter_digest=bench.charter.digest, rounds=[])
+    digest = bench.coordinator.files.put_bytes(history.encode())
+    order = AdvanceOrder(charter_digest=bench.charter.digest, round=1, history_digest=digest)
+    answer = bench.ask(bench.coordinator.envelope("advance", order, number=1))
+    assert answer == AdvanceAnswer(adapter_digest=bench.charter.adapter.initial_digest)
+    assert life.resume(ClientState(bench.home.state))
+    answer = bench.train()
+    assert isinstance(answer, TrainAnswer)
+    assert answer.vector_digest is not None
+
+
+@pytest.mark.parametrize("how", ["paused", "left", "late"])
+def test_a_round_in_training_is_given_up_and_costs_nothing(bench: Bench, how: str) -> None:
+    bench.sign()
+
+    def train(setup: object, task: object, tick: Callable[[], None]) -> None:
+        other = ClientState(bench.home.state)
+        if how == "paused":
+            life.pause(other, "now")
+        elif how == "left":
+            life.leave(other, Ledger(bench.home.ledger), bench.charter.digest, "now")
+        else:
+            bench.daemon._clock.offset += 2e6
+        tick()
+        raise AssertionError("the tick goes on")
+
+    bench.worker.train = train
+    assert bench.train() == TrainAnswer(refused_step=3 if how == "left" else None)
+    assert bench.coordinator.pushed == []
+    assert Ledger(bench.home.ledger).spent("patients") == ()
+
+
+def test_a_run_that_was_left_is_trained_no_more_and_still_followed(bench: Bench) -> None:
+    bench.sign()
+    life.leave(ClientState(bench.home.state), Ledger(bench.home.ledger), bench.charter.digest, "we are out")
+    assert bench.train() == TrainAnswer(refused_step=3)
+    assert bench.worker.trained == 0
+    assert bench.ask(bench.offer()) == CharterAnswer(refused_step=3)
+    history = History(charter_digest=bench.charter.digest, rounds=[])
+    digest = bench.coordinator.files.put_bytes(history.encode())
+    order = AdvanceOrder(charter_digest=bench.charter.digest, round=1, history_digest=digest)
+    answer = bench.ask(bench.coordinator.envelope("advance", order, number=1))
+    assert answer == AdvanceAnswer(adapter_digest=bench.charter.adapter.initial_digest)
+    notice = CloseNotice(charter_digest=bench.charter.digest, outcome="complete", reason="done")
+    assert bench.ask(bench.coordinator.envelope("close", notice)) == CloseAnswer()
+    record = bench.state.charter(bench.charter.digest)
+    assert (record.state, record.reason) == ("closed", "we are out")
+    assert bench.train() == TrainAnswer(refused_step=3)
+    assert bench.state.was_left(bench.charter.digest)
+
+
+def test_what_it_does_is_written_down(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.sign()
+    seen: list[str | None] = []
+    train = bench.worker.train
+
+    def look(*arguments: Any) -> Any:
+        seen.append(life_of(ClientState(bench.home.state)).doing)
+        return train(*arguments)
+
+    bench.worker.train = look
+    bench.train()
+    assert seen == [f"round 1 of {RUN}: training"]
+    assert life_of(bench.state).last_contact is not None
+
+
+def test_a_closed_runs_files_are_erased_and_its_charter_stays(bench: Bench) -> None:
+    bench.sign()
+    bench.train()
+    order = bench.order()
+    store = FileStore(bench.home.files)
+    assert store.has(order.agreement_digest)
+    assert store.has(order.history_digest)
+    notice = CloseNotice(charter_digest=bench.charter.digest, outcome="complete", reason="done")
+    bench.ask(bench.coordinator.envelope("close", notice))
+    gone = [order.agreement_digest, order.history_digest, *bench.coordinator.pushed]
+    assert not any(store.has(digest) for digest in gone)
+    assert store.has(bench.charter.digest)
+
+
+# Versions.
+
+
+@pytest.mark.parametrize("minor", [MINOR - 1, MINOR, MINOR + 1])
+def test_a_coordinator_one_minor_version_away_is_spoken_to(bench: Bench, minor: int) -> None:
+    bench.coordinator.minor = minor
+    bench.daemon.greet(bench.coordinator)
+    bench.sign()
+
+
+def test_a_coordinator_too_far_away_is_refused_with_whom_to_update(bench: Bench) -> None:
+    bench.coordinator.minor = MINOR + 2
+    with pytest.raises(VerificationError, match="update the organisation"):
+        bench.daemon.greet(bench.coordinator)
+
+
+# Receipts: all of them are accounted for before anything is answered (`receipts.py` judges them).
+
+
+def _receipts(bench: Bench, count: int) -> list[dict[str, Any]]:
+    """Receipts that the coordinator signed long ago."""
+    return [
+        {
+            "charter": "7" * 64,
+            "receipt": sign_receipt(
+                bench.coordinator.key,
+                federation=FEDERATION,
+                run="old",
+                round=number,
+                org=US,
+                digest="8" * 64,
+                size=1,
+                verdict="included",
+                time=1,
+            ).model_dump(mode="json"),
+        }
+        for number in range(1, count + 1)
+    ]
+
+
+def test_every_page_of_receipts_is_judged_once_and_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[list[int]] = []
+
+    def note(told: Any, **_: object) -> None:
+        judged.append([one.receipt.round for one in told])
+
+    monkeypatch.setattr(greeting, "reconcile", note)
+    bench.coordinator.receipts = _receipts(bench, 5)
+    bench.daemon.greet(bench.coordinator)
+    bench.daemon.greet(bench.coordinator)
+    bench.coordinator.receipts = _receipts(bench, 6)
+    bench.daemon.greet(bench.coordinator)
+    assert judged == [[1, 2, 3, 4, 5], [], [6]]
+    bench.coordinator.receipts = _receipts(bench, 3)  # The coordinator lost some: all are told again.
+    bench.daemon.greet(bench.coordinator)
+    bench.daemon.greet(bench.coordinator)
+    assert judged[3:] == [[], [1, 2, 3]]
+    bench.restart()
+    assert judged[5:] == [[1, 2, 3]]
+
+
+def test_a_coordinator_that_withholds_receipts_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.coordinator.receipts = _receipts(bench, 5)
+    bench.coordinator.page = 0
+    with pytest.raises(VerificationError, match="announced"):
+        bench.daemon.greet(bench.coordinator)
+
+
+def test_spending_that_the_ledger_does_not_know_is_refused_before_anything_is_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemons, "_LONGEST_PAUSE", 0.001)
+    bench.coordinator.receipts = _receipts(bench, 1)
+    bench.coordinator.queue = [bench.offer()]
+    hello, count = bench.coordinator.hello, iter(range(3))
+
+    def counted(body: dict[str, Any]) -> dict[str, Any]:
+        if next(count, None) is None:
+            bench.stop.set()
+        return hello(body)
+
+    monkeypatch.setattr(bench.coordinator, "hello", counted)
+    bench.daemon.serve(lambda: bench.coordinator)
+    assert bench.coordinator.answers == []
+    assert "privacy ledger state" in (life_of(bench.state).last_error or "")
+
+
+# Slots.
+
+
+def test_a_vector_that_waits_for_its_slot_holds_up_nobody(tmp_path: Path, make_worker: Callable[[], Any]) -> None:
+    bench = Bench(tmp_path, make_worker(), schedule={"vector_slot_seconds": 600.0})
+    bench.sign()
+    train = bench.coordinator.envelope("train", bench.order(), number=1)
+    assert bench.ask(train) is None
+    assert "slot" in (life_of(bench.state).doing or "")
+    notice = CloseNotice(charter_digest="7" * 64, outcome="failed", reason="another run")
+    assert bench.ask(bench.coordinator.envelope("close", notice)) == CloseAnswer()
+    bench.coordinator.queue = [train]
+    assert bench.daemon._next(bench.coordinator) is None
+    bench.daemon._clock.offset += 600.0
+    answer = bench.ask(train)
+    assert isinstance(answer, TrainAnswer)
+    assert bench.coordinator.pushed == [answer.vector_digest]
+    assert bench.worker.trained == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,33 @@ def test_a_form_that_cannot_be_edited_is_named(path: Path) -> None:
     assert policy.load(path).base_path(KEY) == Path("/srv")
     with pytest.raises(ConfigError, match=r"\[\[bases\]\]"):
         policy.add_base(path, BaseEntry(digest="b" * 64, path="/srv/tiny"))
+
+
+def test_one_file_in_two_namespaces_is_refused_and_nothing_is_written(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "letters.jsonl"
+    file.touch()
+    link = tmp_path / "the-same.jsonl"
+    link.symlink_to(file)
+    policy.add_dataset(path, letters(files=[str(file)]), PATIENTS)
+    before = path.read_bytes()
+    again = letters(name="again", purposes=["audit"], namespace="matters", files=[str(link)])
+    with pytest.raises(ConfigError, match="two budgets"):
+        policy.add_dataset(path, again, PATIENTS)
+    assert path.read_bytes() == before
+    policy.add_dataset(path, letters(name="same", purposes=["audit"], files=[str(link)]), PATIENTS)
+
+
+EDITOR = """
+import sys
+from pathlib import Path
+from foedus_client import policy
+path, name = Path(sys.argv[1]), sys.argv[2]
+for number in range(15):
+    policy.confirm_peer(path, f"{name}-{number}", "%064x" % number)
+"""
+
+
+def test_two_commands_that_edit_at_once_lose_nothing(path: Path) -> None:
+    editors = [subprocess.Popen([sys.executable, "-c", EDITOR, str(path), name]) for name in ("ash", "birch")]
+    assert [editor.wait(120) for editor in editors] == [0, 0]
+    assert len(policy.load(path).peers) == 30

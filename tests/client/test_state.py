@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from foedus_client.state import ClientState
 from foedus_protocols.errors import StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.messages import ClosedRound, Scores
 
 pytestmark = pytest.mark.unit
@@ -105,3 +108,67 @@ def test_our_own_reason_outlives_the_end_of_a_refused_run(tmp_path: Path) -> Non
         "refused: somebody said no",
     ]
     assert state.charter("a" * 64).state == "closed"
+
+
+def test_a_full_disk_writes_nothing_and_room_is_enough_to_go_on(tmp_path: Path) -> None:
+    memory = ClientState(tmp_path / "client.db")
+    memory.save_answer("m1", 1, b"small")
+    (pages,) = memory._db.execute("PRAGMA page_count").fetchone()
+    memory._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(DiskTrouble, match="free some space"):
+        memory.save_answer("m2", 2, b"x" * 500_000)
+    assert memory.answer_to("m2") is None
+    memory._db.execute("PRAGMA max_page_count = 100000")
+    assert memory.save_answer("m2", 2, b"x" * 500_000) == b"x" * 500_000
+
+
+def test_a_disk_that_cannot_be_written_is_named(state: ClientState) -> None:
+    state._db.execute("PRAGMA query_only = 1")
+    with pytest.raises(DiskTrouble, match="cannot be written"):
+        state.remember("name", "value")
+    with pytest.raises(DiskTrouble):
+        state.decide(CHARTER, approve=True)
+    assert state.charter(CHARTER).state == "offered"
+
+
+@pytest.mark.parametrize("damage", [b"not a database", b""])
+def test_a_file_that_is_no_memory_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "client.db"
+    path.write_bytes(damage * 1000)
+    if damage:
+        with pytest.raises(DiskTrouble, match="damaged"):
+            ClientState(path)
+    else:
+        assert ClientState(path).charters() == []
+
+
+def test_a_newer_format_is_refused_with_what_to_update(tmp_path: Path) -> None:
+    ClientState(tmp_path / "client.db").close()
+    with closing(sqlite3.connect(tmp_path / "client.db")) as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(StateError, match="update Foedus"):
+        ClientState(tmp_path / "client.db")
+
+
+def test_a_run_that_was_left_stays_left_after_its_end(state: ClientState) -> None:
+    assert not state.was_left(CHARTER)
+    state.mark_left(CHARTER, "we are out")
+    assert state.charter(CHARTER).state == "left"
+    state.mark_closed(CHARTER, "complete: done")
+    assert (state.charter(CHARTER).state, state.charter(CHARTER).reason) == ("closed", "we are out")
+    assert state.was_left(CHARTER)
+
+
+def test_a_round_is_restored_only_where_it_was_forgotten(state: ClientState) -> None:
+    state.save_words(CHARTER, 1, digest="3" * 64, size=10)
+    for number in (1, 2):
+        state.restore_round(CHARTER, number, words="4" * 64, size=20, receipt={"verdict": "included"})
+    known, restored = state.rounds(CHARTER)
+    assert (known.words, known.receipt) == ("3" * 64, None)
+    assert (restored.words, restored.words_bytes, restored.receipt) == ("4" * 64, 20, {"verdict": "included"})
+
+
+def test_a_noted_status_line_leaves_later_writes_durable(state: ClientState) -> None:
+    state.note({"life:doing": "training"})
+    assert state.fact("life:doing") == "training"
+    assert state._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from foedus_client import worker_process
 from foedus_client.work import CheckTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
 from foedus_protocols.errors import DataError, FoedusError, PolicyRefused, RoundFailed
+from foedus_protocols.files import DiskTrouble
 
 pytestmark = pytest.mark.unit
 
@@ -95,7 +97,7 @@ def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
 
 def test_a_worker_that_always_dies_is_an_error(tmp_path: Path) -> None:
     worker = _worker(tmp_path, "os._exit(1)")
-    with pytest.raises(RoundFailed, match="2 times"):
+    with pytest.raises(RoundFailed, match="4 times"):
         worker.train(SETUP, TRAIN, _nothing)
     assert worker.pid is None
 
@@ -147,3 +149,30 @@ def test_no_other_descriptor_reaches_the_child(tmp_path: Path) -> None:
     finally:
         worker.stop()
         os.close(secret)
+
+
+def test_a_frozen_worker_is_killed_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "_STOP_SECONDS", 0.2)
+    worker = _worker(tmp_path, "if request['kind'] == 'train': os.kill(os.getpid(), 19)")
+    pids: list[int] = []
+
+    def late() -> None:
+        if worker.pid is not None and "train" in _calls(tmp_path):
+            pids.append(worker.pid)
+            raise RoundFailed("too late")
+
+    with pytest.raises(RoundFailed, match="too late"):
+        worker.train(SETUP, TRAIN, late)
+    assert worker.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_trouble_of_the_workers_disk_is_told_from_other_trouble(tmp_path: Path) -> None:
+    reply = '{"error": "DiskTrouble", "text": "the disk is full", "step": 0}'
+    worker = _worker(tmp_path, f"if request['kind'] == 'train': line.send_bytes(b'{reply}'); continue")
+    try:
+        with pytest.raises(DiskTrouble, match="full"):
+            worker.train(SETUP, TRAIN, _nothing)
+    finally:
+        worker.stop()

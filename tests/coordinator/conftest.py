@@ -166,7 +166,7 @@ class FakeOrganisation:
             vector = generator.standard_normal(coding.length).astype(np.float32)
             vector *= np.float32(0.3 * coding.update_bound / np.linalg.norm(vector))
             self.vectors[number] = vector
-            key = codec.coding_key(self.charter.digest, self.run, number, "train")
+            key = self.charter.coding_key(self.run, number)
             uniform = codec.seeded_uniform(f"{self.org} {number}".encode())
             encoded = codec.encode(vector, coding=coding, key=key, uniform=uniform)
             self.words[number] = codec.pack(encoded.words, coding.ring_bits)
@@ -175,19 +175,28 @@ class FakeOrganisation:
     def _replay(self, history_digest: str) -> str:
         """What `rules.replay` makes of the published history."""
         assert self.charter is not None
-        history = History.decode(self._pull(history_digest))
-        coding = self.charter.coding()
-        rounds = []
-        for entry in history.rounds:
-            words = codec.unpack(self._pull(entry.sum_digest), coding.ring_bits, coding.padded).astype(np.int64)
-            weights = [self.charter.relative_weight(org) for org in entry.survivors]
-            key = codec.coding_key(self.charter.digest, self.run, entry.round, "train")
-            rounds.append(rules.RoundSum(words=words, weights=weights, key=key))
-        start = np.zeros(coding.length, dtype=np.float32)
-        adapter, _ = rules.replay(start, rounds, coding=coding, rule=self.charter.rule())
+        adapter, _ = self._replayed(self.charter, self.run, history_digest)
         found = digest(adapter.astype("<f4").tobytes())
         self.adapters.append(found)
         return found
+
+    def _replayed(self, charter: Charter, run: str, history_digest: str) -> tuple[np.ndarray, rules.State | None]:
+        """Adapter and state after a run's history; an extension's begins where the run before it ended."""
+        coding = charter.coding()
+        start, state = np.zeros(coding.length, dtype=np.float32), None
+        if (extends := charter.extends) is not None:
+            ended = Charter.parse(self._pull(extends.charter))
+            start, state = self._replayed(ended, extends.run, extends.history)
+        rounds = []
+        for entry in History.decode(self._pull(history_digest)).rounds:
+            words = codec.unpack(self._pull(entry.sum_digest), coding.ring_bits, coding.padded).astype(np.int64)
+            weights = [charter.relative_weight(org) for org in entry.survivors]
+            rounds.append(rules.RoundSum(words=words, weights=weights, key=charter.coding_key(run, entry.round)))
+        return rules.replay(start, rounds, coding=coding, rule=charter.rule(), state=state)
+
+    def begin_anew(self) -> None:
+        """Forget what belongs to one run."""
+        self.words, self.vectors, self.receipts, self.adapters = {}, {}, {}, []
 
 
 @dataclass
@@ -254,8 +263,7 @@ def enrol(home: Home, org: str) -> Ed25519PrivateKey:
     request = home.members.request(
         org, token, csr_pem=make_request(generate_tls_key(), org), signing_key=public_hex(key)
     )
-    certificate = home.authority.issue_certificate(request.csr_pem, org=org, federation=FEDERATION)
-    home.members.approve(request, certificate_pem=certificate, key=home.operator_key)
+    home.members.approve(request, authority=home.authority, key=home.operator_key)
     return key
 
 
@@ -289,6 +297,7 @@ def make_federation(
             storage=home.storage,
             mailbox=home.mailbox,
             members=home.members,
+            authorities=home.authorities,
             files=home.files,
             vectors=home.vectors,
             key=home.operator_key,

@@ -149,7 +149,7 @@ def test_from_init_to_an_offered_charter(home: Path, base: Path, tmp_path: Path)
         (tmp_path / "charter.toml").write_text(CHARTER)
         started = call("run", "start", tmp_path / "charter.toml", "--base", base, home=home)
         for joiner, client in zip(joiners, clients, strict=True):
-            said = client.hello({"protocol": 1})
+            said = client.hello({"protocol": 1, "org": joiner.org})
             assert (said["org"], said["roster_version"]) == (joiner.org, 2)
             data = client.poll(20.0)
             assert data is not None

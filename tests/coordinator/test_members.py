@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from foedus_coordinator.config import Home
-from foedus_protocols.certificates import make_request
+from foedus_protocols.certificates import check_issuer, make_request, parse_certificate
 from foedus_protocols.errors import ConfigError, StateError, VerificationError
 from foedus_protocols.identity import generate_signing_key, generate_tls_key, public_hex
 from foedus_protocols.roster import Roster, check_chain
@@ -62,13 +62,15 @@ def test_approval_makes_the_next_roster(federation: Any) -> None:
     home = federation.home
     before = home.members.roster()
     request = ask(home, "delta", home.members.invite("delta"))
-    after = home.members.approve(request, certificate_pem=b"pem", key=home.operator_key)
+    after = home.members.approve(request, authority=home.authority, key=home.operator_key)
     check_chain([before, after])
     assert after.member("delta").signing_key == KEY
-    assert home.members.find(request.id).certificate_pem == b"pem"
+    pem = home.members.find(request.id).certificate_pem
+    assert pem is not None
+    check_issuer(parse_certificate(pem), home.authorities.trusted())
     assert home.members.org_of(home.members.node_of("delta")) == "delta"
     with pytest.raises(StateError, match="it is approved"):
-        home.members.approve(request, certificate_pem=b"pem", key=home.operator_key)
+        home.members.approve(request, authority=home.authority, key=home.operator_key)
 
 
 def test_a_key_that_is_taken_is_refused_and_changes_nothing(federation: Any) -> None:
@@ -76,7 +78,7 @@ def test_a_key_that_is_taken_is_refused_and_changes_nothing(federation: Any) -> 
     taken = home.members.roster().member("alpha").signing_key
     request = ask(home, "delta", home.members.invite("delta"), signing_key=taken)
     with pytest.raises(StateError):
-        home.members.approve(request, certificate_pem=b"pem", key=home.operator_key)
+        home.members.approve(request, authority=home.authority, key=home.operator_key)
     assert home.members.find(request.id).state == "pending"
     assert [member.id for member in home.members.roster().members] == ["alpha", "beta", "gamma"]
 

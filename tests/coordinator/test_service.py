@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 from foedus_coordinator import service
 from foedus_protocols.canonical import digest
+from foedus_protocols.certificates import parse_certificate
 from foedus_protocols.envelope import Envelope, seal
 from foedus_protocols.errors import StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.identity import COORDINATOR, verify
 from foedus_protocols.messages import CharterAnswer, CharterOffer, CloseAnswer
 from foedus_protocols.receipt import open_receipt
 from foedus_protocols.roster import ROSTER_CONTEXT
+
+OLD_HELLO = {"protocol": 1, "org": "alpha"}
+"""What an organisation of protocol 1.0 says."""
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def asked(federation: Any, org: str) -> Envelope:
 
 
 def test_hello_names_the_roster_and_proves_it(federation: Any) -> None:
-    said = federation.desk.hello("alpha", {})
+    said = federation.desk.hello("alpha", OLD_HELLO, "")
     roster = federation.home.members.roster()
     assert (said["roster_digest"], said["roster_version"]) == (roster.digest, 3)
     verify(said["operator_key"], ROSTER_CONTEXT, roster.canonical(), said["roster_signature"])
@@ -65,16 +70,19 @@ def test_hello_names_the_roster_and_proves_it(federation: Any) -> None:
 
 
 def test_a_stranger_is_no_member(federation: Any) -> None:
-    federation.desk.check_member("alpha", "00")
-    with pytest.raises(VerificationError, match="'stranger' is not one"):
-        federation.desk.check_member("stranger", "00")
+    request = federation.home.members.requests("alpha")[0]
+    serial = f"{parse_certificate(request.certificate_pem).serial_number:x}"
+    federation.desk.check_member("alpha", serial)
+    for org, other in (("alpha", "00"), ("stranger", "00"), ("beta", serial)):
+        with pytest.raises(VerificationError, match=f"'{org}' was revoked, replaced or never issued"):
+            federation.desk.check_member(org, other)
 
 
 def test_a_message_is_not_handed_out_twice_in_a_row(offered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = offered.desk.poll("alpha", 0.0)
     assert first is not None
     assert offered.desk.poll("alpha", 0.0) is None
-    offered.desk.hello("alpha", {})  # A restarted daemon gets it at once.
+    offered.desk.hello("alpha", OLD_HELLO, "")  # A restarted daemon gets it at once.
     assert offered.desk.poll("alpha", 0.0) == first
     monkeypatch.setattr(service, "_HANDED_OUT_SECONDS", 0.0)
     assert offered.desk.poll("alpha", 0.0) == first
@@ -165,6 +173,29 @@ def test_a_round_holds_one_vector_of_an_organisation(offered: Any) -> None:
     with pytest.raises(StateError, match="one round has one vector"):
         offered.desk.granted("alpha", "d" * 64, len(words), context)
     assert [path.name for path in offered.home.vectors.root.rglob("*") if path.is_file()] == [digest(words)]
+
+
+def test_unfinished_vectors_of_many_rounds_fill_no_disk(offered: Any) -> None:
+    """The newest four stay to be resumed; another member's are its own, also where they have the same name."""
+    size = offered.orgs["alpha"].charter.coding().packed_bytes
+    for number in range(1, 8):
+        offered.home.storage.add_round(
+            offered.run_id, number, deadline=1.0, start_digest="a" * 64, history_digest="b" * 64
+        )
+        with offered.desk.granted("alpha", f"{number}" * 64, size, {"run": offered.run_id, "round": number}) as part:
+            part.write(b"begun")
+        if number == 1:
+            offered.desk.granted("beta", "1" * 64, size, {"run": offered.run_id, "round": 1}).close()
+    parts = sorted(path.stem[0] for path in offered.home.vectors.root.rglob("*.part"))
+    assert parts == ["1", "4", "5", "6", "7"]
+
+
+def test_a_full_disk_is_no_reason_to_refuse_a_poll(offered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(org: str, at: float) -> None:
+        raise DiskTrouble("expected to write, got: no space left")
+
+    monkeypatch.setattr(offered.home.members, "seen", full)
+    assert offered.desk.poll("alpha", 0.0) is not None
 
 
 def test_a_receipt_is_the_operators(offered: Any) -> None:

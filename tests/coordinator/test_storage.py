@@ -10,7 +10,8 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from foedus_coordinator import figures
-from foedus_coordinator.storage import SCHEMA_VERSION, Storage, open_storage
+from foedus_coordinator.database import SCHEMA_VERSION
+from foedus_coordinator.storage import Storage, open_storage
 from foedus_coordinator.tables import messages, metadata
 from foedus_protocols.errors import StateError
 from foedus_protocols.messages import Scores

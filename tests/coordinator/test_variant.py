@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
 from foedus_coordinator.figures import losses
 from foedus_coordinator.variant import MANIFEST_CONTEXT, card, epsilon_after, write_variant
 from foedus_protocols import layout
 from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.errors import VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.identity import verify
 from foedus_protocols.messages import Scores
+from safetensors import SafetensorError
 
 PRIVATE = {
     "privacy": {"mode": "local", "epsilon": 8.0, "delta": 1e-5, "rounds": 2, "l2_clip_norm": 1.0},
@@ -120,3 +123,54 @@ def test_losses_compare_the_same_organisations_throughout() -> None:
 def test_the_card_needs_nothing_but_the_manifest(federation: Any) -> None:
     _, _, signed, folder = finished(federation)
     assert card(signed["manifest"]) == (folder / "README.md").read_text()
+
+
+def test_a_slot_and_a_chosen_adapter_stand_on_the_card(federation: Any) -> None:
+    """Scores 1.0, 0.4, 0.7: the adapter after one of two closed rounds was chosen, which the card says."""
+    schedule = {"round_seconds": 60.0, "vector_slot_seconds": 30.0}
+    federation.start_run(**PRIVATE, schedule=schedule, release={"adapter": "best"}, evaluation={"term": "plain"})
+    run = federation.run()
+    for number, survivors in ((1, ["alpha", "beta"]), (2, ["alpha", "gamma"])):
+        run.storage.add_round(run.id, number, deadline=1.0, start_digest="a" * 64, history_digest="b" * 64)
+        run.storage.update_round(run.id, number, state="closed", survivors=json.dumps(survivors))
+    with run.storage.write() as connection:
+        for after, loss in enumerate((100.0, 40.0, 70.0)):
+            figures.add_scores(connection, run.id, after, "alpha", Scores(loss_sum=loss, tokens=100, units=4))
+    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain.closed = 1
+    folder = write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    run.storage.close()
+    assert manifest["released"] == {"adapter": "best", "after": 1}
+    assert (manifest["rounds_closed"], manifest["evaluation"]["loss_after"]) == (2, 0.4)
+    assert manifest["privacy"]["epsilon"] == epsilon_after(run.charter, 2)
+    assert [one["rounds_included"] for one in manifest["participants"]] == [1, 1, 0]
+    text = (folder / "README.md").read_text()
+    assert "after 1 of 2 closed rounds: of those that were scored, the one with the lowest held-out loss" in text
+    assert "selected on these scores" in text
+    assert "multiple of 30 s" in text
+    assert "leaves when it is ready" not in text
+
+
+def test_the_lowest_loss_is_the_latest_of_equals() -> None:
+    curve = [figures.Loss(after=after, loss=loss, tokens=10) for after, loss in ((0, 1.0), (1, 0.5), (3, 0.5))]
+    assert figures.lowest(curve).after == 3
+    assert figures.loss_at(curve, 1) == 0.5
+    assert figures.loss_at(curve, 2) is None
+    assert figures.loss_at(curve, None) == 0.5
+    assert figures.loss_at([], None) is None
+
+
+def test_a_full_disk_is_trouble_that_passes(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation.start_run()
+    run = federation.run()
+    chain = Chain(run.charter, run=run.id, files=run.files)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(layout, "save_file", full)
+    with pytest.raises(DiskTrouble, match="No space left"):
+        write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
+    assert not list((federation.root / "variants").glob("*-NOT-PRIVATE"))
+    run.storage.close()

@@ -59,7 +59,7 @@ def test_a_refused_run_has_spent_nothing(federation: Any, pump: Any) -> None:
 
 def test_the_federation_at_a_glance(federation: Any) -> None:
     federation.start_run()
-    federation.desk.hello("alpha", {})
+    federation.desk.hello("alpha", {"protocol": 1, "org": "alpha"}, "")
     seen = views.status(federation.home)
     assert [one["org"] for one in seen["members"]] == ["alpha", "beta", "gamma"]
     assert [one["last_seen"] is not None for one in seen["members"]] == [True, False, False]

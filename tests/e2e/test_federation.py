@@ -84,7 +84,7 @@ def test_a_killed_daemon_and_a_killed_coordinator_lose_nothing_and_spend_nothing
 
 
 def test_a_run_completes_and_leaves_a_variant_a_spent_budget_and_clean_logs(make_federation: Any) -> None:
-    federation, plan = make_federation()
+    federation, plan = make_federation(log_format="json")
     run = federation.start_run(plan.charter())
     detail = finished(federation, run)
     assert (detail["outcome"], detail["rounds_closed"]) == ("complete", 2)
@@ -104,10 +104,17 @@ def test_a_run_completes_and_leaves_a_variant_a_spent_budget_and_clean_logs(make
     assert heads == {org: Ledger(federation.home(org) / "ledger.db").head(NAMESPACE) for org in heads}
 
     federation.stop()
-    secrets = [text for one in plan.organisations for text in _identifiers(one.file)]
-    for log in federation.logs.iterdir():
+    secrets = [text for one in plan.organisations for text in _identifiers(one.file)] + _key_material(federation)
+    assert len(secrets) > 1000
+    logs = [*federation.logs.iterdir(), *federation.folder.rglob("worker.log")]
+    assert len(logs) == 1 + 2 * len(federation.organisations)
+    for log in logs:
         written = log.read_text(errors="replace")
         assert not [secret for secret in secrets if secret in written], log.name
+    for log in federation.logs.iterdir():
+        records = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+        assert records, log.name
+        assert any("round 2" in str(record) for record in records), log.name
 
 
 def test_a_charter_beyond_the_policy_is_refused_by_number_and_leaves_no_trace(make_federation: Any) -> None:
@@ -141,3 +148,12 @@ def _identifiers(file: Path) -> list[str]:
     """Unit keys and canary numbers: what must never stand in a log."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return sorted({row["patient"] for row in rows} | {row["answer"] for row in rows})
+
+
+def _key_material(federation: LocalFederation) -> list[str]:
+    """Every line of every private key and split key of the federation."""
+    files = [path for path in federation.folder.rglob("keys/*") if path.suffix in (".key", ".pem")]
+    lines = [line for path in files for line in path.read_text().splitlines() if "PRIVATE KEY" in path.read_text()]
+    splits = [path.read_text().strip() for path in files if path.name.startswith("split-")]
+    assert len(splits) == len(federation.organisations)
+    return [line for line in lines if line and "-----" not in line] + splits

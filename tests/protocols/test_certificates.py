@@ -94,7 +94,7 @@ def test_a_party_knows_what_is_wrong_with_its_own_certificate(ca):
     request = certificates.make_request(key, "clinic")
 
     def check(certificate, key=key, authority=ca):
-        check_own_certificate(certificate, key=key, ca=authority.certificate)
+        check_own_certificate(certificate, key=key, cas=[authority.certificate])
 
     check(issue(ca, request))
     with pytest.raises(ConnectError, match="expired"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,7 +71,9 @@ def test_parse_refuses_what_leans_on_defaults(league: Any) -> None:
         ("privacy", {"l2_clip_norm": 1e-200}),
         ("masks", {"enabled": True}),
         ("masks", {"ring_bits": 17}),
-        ("schedule", {"vector_slot_seconds": 60}),
+        ("schedule", {"vector_slot_seconds": -1}),
+        ("schedule", {"vector_slot_seconds": "60"}),
+        ("release", {"adapter": "worst"}),
         ("adapter", {"targets": "experts"}),
         ("adapter", {"initial_digest": "B" * 64}),
     ],
@@ -84,6 +87,45 @@ def test_parse_names_fields_and_never_values(league: Any) -> None:
     with pytest.raises(VerificationError) as caught:
         Charter.parse(section(league.draft(), "privacy", mode="a-secret-value"))
     assert "a-secret-value" not in str(caught.value)
+
+
+def test_charters_of_the_version_before_keep_their_bytes_and_digests() -> None:
+    """What was added since is left out where it is absent: who signed then has signed the same bytes now."""
+    kept = json.loads((Path(__file__).parents[1] / "vectors" / "charter-1.json").read_bytes())
+    assert kept
+    for name, one in kept.items():
+        charter = Charter.parse(canonical_bytes(one["charter"]))
+        assert charter.digest == one["digest"], name
+        assert charter.schedule.vector_slot_seconds == 0
+        assert (charter.release.adapter, charter.extends) == (None, None)
+
+
+def test_slots_are_shorter_than_a_round(league: Any) -> None:
+    charter = league.draft(schedule={"round_seconds": 600.0, "vector_slot_seconds": 60})
+    assert charter.schedule.vector_slot_seconds == 60
+    assert Charter.parse(charter.canonical()) == charter
+    with pytest.raises(VerificationError, match="shorter than round_seconds"):
+        Charter.parse(section(charter, "schedule", vector_slot_seconds=600))
+
+
+def test_the_best_adapter_needs_scores_to_choose_by(league: Any) -> None:
+    charter = league.draft(evaluation={"term": "plain"}, release={"adapter": "best"})
+    assert b'"adapter":"best"' in charter.canonical()
+    assert Charter.parse(charter.canonical()).release.adapter == "best"
+    with pytest.raises(VerificationError, match="needs held-out scores"):
+        Charter.parse(section(charter, "evaluation", term="none"))
+
+
+def test_seeded_draws_do_not_repeat_in_an_extension(league: Any) -> None:
+    charter = league.draft(privacy={"mode": "none", "rounds": 4}, seed=3)
+    extends = dict.fromkeys(("charter", "history", "adapter"), "a" * 64) | {"run": "first-1", "rounds_spent": 4}
+    adapter = charter.adapter.model_dump(mode="json") | {"initial_digest": "a" * 64}
+    extension = Charter.parse(changed(charter, extends=extends, adapter=adapter))
+    assert [extension.draw_number(number) for number in (1, 2)] == [5, 6]
+    assert extension.coding_key("second-1", 1) == charter.coding_key("first-1", 5)
+    assert extension.coding_key("second-1", 1) != charter.coding_key("first-1", 1)
+    with pytest.raises(VerificationError, match=r"starts from extends\.adapter"):
+        Charter.parse(changed(charter, extends=extends))
 
 
 def test_private_mode_needs_a_promise_and_noise_and_takes_no_seed(league: Any) -> None:

@@ -11,7 +11,15 @@ from foedus_protocols import identity
 from foedus_protocols.canonical import canonical_bytes, digest
 from foedus_protocols.charter import Charter, Participant, sign_charter
 from foedus_protocols.charter_checks import Limits, OrgView, Stage, UnitNamespace, check_charter
-from foedus_protocols.errors import BudgetExhausted, PolicyRefused
+from foedus_protocols.charter_extension import Earlier, cost, draft_extension
+from foedus_protocols.errors import (
+    BudgetExhausted,
+    ConnectError,
+    FoedusError,
+    PolicyRefused,
+    StateError,
+    VerificationError,
+)
 from foedus_protocols.roster import Roster
 
 
@@ -248,3 +256,71 @@ def test_the_first_failure_is_the_one_that_is_told(league: Any, charter: Charter
     bad_everywhere = replace(limited(view, max_rounds=1, minimum_members=9), federation="another", base_configs={})
     refused(4, lambda: check(league, charter, bad_everywhere))
     refused(6, lambda: check(league, charter, replace(bad_everywhere, federation=league.name)))
+
+
+# Extensions.
+
+
+@pytest.fixture
+def extension(league: Any, charter: Charter) -> Charter:
+    """Two rounds more than the league's four."""
+    drawn, _ = draft_extension(
+        charter, first=charter, run="first-1", history="f" * 64, adapter="a" * 64, opened=4, rounds=2,
+        roster=league.rosters[-1], now=league.now, valid_seconds=86_400,
+    )  # fmt: skip
+    return drawn
+
+
+def with_earlier(view: OrgView, charter: Charter, **changes: Any) -> OrgView:
+    """A view that replayed the ended run, with a policy for six rounds in all."""
+    earlier = Earlier(**({"charters": (charter,), "adapter": "a" * 64, "rounds": 4} | changes))
+    return replace(limited(view, max_rounds=6), earlier=lambda extension: earlier)
+
+
+def test_an_extension_passes_at_both_stages(league: Any, charter: Charter, extension: Charter, view: OrgView) -> None:
+    ready = with_earlier(view, charter)
+    check(league, extension, ready)
+    # Before a round nothing is replayed here: the round itself does, down to the same start.
+    check(league, extension, limited(view, max_rounds=6), "round", agreement=league.agreement(extension))
+
+
+def test_step_8_an_extension_is_replayed_before_it_is_signed(
+    league: Any, charter: Charter, extension: Charter, view: OrgView
+) -> None:
+    refused(8, lambda: check(league, extension, with_earlier(view, charter, adapter="b" * 64)), "follows from the sums")
+    refused(8, lambda: check(league, extension, with_earlier(view, charter, rounds=5)), "at least 5 rounds")
+    refused(8, lambda: check(league, extension, limited(view, max_rounds=6)), "cannot here")
+    refused(8, lambda: check(league, edited(extension, "adapter", layout_digest="0" * 64), view), "layout")
+
+    def unsigned(extension: Charter) -> Earlier:
+        raise VerificationError("not signed here")
+
+    refused(8, lambda: check(league, extension, replace(limited(view, max_rounds=6), earlier=unsigned)), "not signed")
+
+
+@pytest.mark.parametrize("trouble", [ConnectError("the line is cut"), StateError("the disk is full")])
+def test_trouble_in_fetching_what_is_extended_is_no_refusal(
+    league: Any, extension: Charter, view: OrgView, trouble: FoedusError
+) -> None:
+    def fails(extension: Charter) -> Earlier:
+        raise trouble
+
+    with pytest.raises(type(trouble)) as caught:
+        check(league, extension, replace(view, earlier=fails))
+    assert caught.value is trouble
+
+
+def test_step_9_bounds_the_rounds_of_the_whole_chain(
+    league: Any, charter: Charter, extension: Charter, view: OrgView
+) -> None:
+    refused(9, lambda: check(league, extension, limited(with_earlier(view, charter), max_rounds=5)), "at most 5, got 6")
+
+
+def test_step_10_an_extension_promises_for_everything_spent_by_the_filter(
+    league: Any, charter: Charter, extension: Charter, view: OrgView
+) -> None:
+    ready = with_earlier(view, charter)
+    # PLD over the six rounds is not enough: whether to extend was decided after four of them.
+    pld = cost(extension, extension.participants[1], rounds=2, first=charter).pld
+    refused(10, lambda: check(league, edited(extension, "privacy", epsilon=pld + 0.1), ready), "promises")
+    refused(10, lambda: check(league, edited(extension, "privacy", epsilon=8.0), ready), "promises")

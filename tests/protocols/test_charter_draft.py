@@ -89,6 +89,10 @@ def test_drafting_twice_gives_the_same_digest(league: Any) -> None:
         ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 100}]}, "power of two"),
         ({"participants": [{"id": "ash", "unit": "patient", "units_at_most": 2**14}]}, "at most 1/"),
         ({"recipe": {"optimiser": {"name": "lion"}}}, "recipe.optimiser.name"),
+        ({"release": {"adapter": "best"}}, "held-out scores"),
+        ({"release": {"adapter": "first"}}, "release.adapter"),
+        ({"schedule": {"vector_slot_seconds": -1}}, "schedule.vector_slot_seconds"),
+        ({"schedule": {"round_seconds": 10.0, "vector_slot_seconds": 10.0}}, "shorter than round_seconds"),
     ],
 )
 def test_a_wrong_draft_is_refused_by_the_fields_name(league: Any, changes: dict[str, Any], text: str) -> None:
@@ -148,6 +152,10 @@ def test_what_the_whole_gets_wrong_is_named(league: Any) -> None:
     twice = [league.toml()["participants"][0]] * 2
     with pytest.raises(ConfigError, match=r"the whole: .*same id"):
         league.draft(participants=twice)
+
+
+def test_the_last_adapter_is_what_a_charter_that_says_nothing_means(league: Any) -> None:
+    assert league.draft(release={"adapter": "last"}).digest == league.draft().digest
 
 
 def test_reading_a_draft(tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ import pytest
 from cryptography import x509
 from foedus_protocols import channel
 from foedus_protocols.certificates import CertificateAuthority
-from foedus_protocols.channel import TlsFiles, TransientError
+from foedus_protocols.channel import TlsFiles, TransientError, Watch
 from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.identity import public_hex
 from foedus_protocols.link import LinkClient, LinkServer, serve_link
 from foedus_protocols.receipt import Receipt, open_receipt, sign_receipt
 from foedus_protocols.store import CHUNK_BYTES, FileStore, Part
+from foedus_protocols.turns import CALLS_AT_ONCE
 from foedus_protocols.v1 import link_pb2, link_pb2_grpc
 
 DATA = os.urandom(3 * CHUNK_BYTES + 4321)
@@ -42,6 +44,7 @@ class Coordinator:
         self.serials: set[str] = set()
         self.max_bytes = 64 << 20
         self.receipts = 0
+        self.polling: list[str] = []
         self.wrap: Callable[[Part], Part] = lambda part: part
 
     def check_member(self, org: str, leaf_serial: str) -> None:
@@ -49,12 +52,13 @@ class Coordinator:
         if org not in self.members:
             raise VerificationError(f"expected a member, {org!r} was removed")
 
-    def hello(self, org: str, body: dict[str, Any]) -> dict[str, Any]:
+    def hello(self, org: str, body: dict[str, Any], leaf_serial: str) -> dict[str, Any]:
         if body.get("break"):
             raise RuntimeError("patient 17 has the flu")  # What no error text may carry outside.
         return {"you": org, "said": body}
 
     def poll(self, org: str, wait_seconds: float) -> bytes | None:
+        self.polling.append(org)
         deadline = time.monotonic() + wait_seconds
         while not self.outbox.get(org):
             if time.monotonic() >= deadline:
@@ -160,6 +164,67 @@ def test_a_handlers_unexpected_error_says_nothing_outside(client):
     with pytest.raises(ConnectError, match="internal error") as caught:
         client.hello({"break": True})
     assert "patient" not in str(caught.value)
+
+
+def test_one_member_cannot_hold_every_call(server, client, coordinator, federation):
+    """Four polls of a member wait; its fifth call is refused, another member is served, and an ended one makes room."""
+    threads = [threading.Thread(target=lambda: client.poll(20.0)) for _ in range(CALLS_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: coordinator.polling.count("clinic") >= CALLS_AT_ONCE)
+    with pytest.raises(TransientError, match="at most 4 calls of clinic at once"):
+        client.hello({})
+    with connect(server, federation.org_tls("bank")) as bank:
+        assert bank.hello({})["you"] == "bank"
+    coordinator.outbox["clinic"] = [b"order"]
+    for thread in threads:
+        thread.join(10)
+    wait_for(lambda: answers(client))
+
+
+def answers(client: LinkClient) -> bool:
+    """Whether a call is served; the coordinator may count an answered call for a moment longer than its caller."""
+    try:
+        client.hello({})
+    except ConnectError:
+        return False
+    return True
+
+
+def test_a_full_disk_at_the_coordinator_is_waited_for(client, coordinator, vector, monkeypatch, caplog):
+    """What the disk did not take comes again; where the disk lies is for the coordinator's log alone."""
+    monkeypatch.setattr(channel, "_trouble_said", {"at": float("-inf")})
+    full = iter([True, True, False])
+
+    class Filling(Part):
+        def write(self, chunk: bytes) -> None:
+            if next(full, False):
+                raise DiskTrouble("expected to write in /srv/foedus, got: no space left")
+            super().write(chunk)
+
+    coordinator.wrap = lambda part: Filling(coordinator.store, part.digest, part.size)
+    assert client.push(vector, DIGEST, CONTEXT)["digest"] == DIGEST
+    assert [record.message for record in caplog.records if "no space left" in record.message] != []
+    assert len([record for record in caplog.records if "no space left" in record.message]) == 1
+
+
+def test_the_watch_outlives_a_check_that_breaks():
+    """A check that fails in an unforeseen way ends its own transfer, and the others stay under watch."""
+    watch, first, second = Watch(60.0), threading.Event(), threading.Event()
+
+    def broken() -> None:
+        raise RuntimeError("the database is gone")
+
+    def revoked() -> None:
+        raise VerificationError("revoked")
+
+    try:
+        with watch.over(first.set, broken):
+            assert first.wait(10)
+        with watch.over(second.set, revoked):
+            assert second.wait(10)
+    finally:
+        watch.stop()
 
 
 def test_control_messages_have_limits(client):
@@ -523,6 +588,26 @@ def test_a_push_survives_a_restart_of_the_coordinator(federation, coordinator, v
         running.stop(0.1)
     assert receipts[0]["digest"] == DIGEST
     assert coordinator.store.path(DIGEST).read_bytes() == DATA
+
+
+def test_a_member_that_pulls_again_does_not_wait_for_its_broken_pull(federation, coordinator, tmp_path):
+    """The old stream is open and nobody reads it, as after a line that went dead: the new pull takes its place."""
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(40 * CHUNK_BYTES))
+    digest = coordinator.store.put(big)
+    store, tls = FileStore(tmp_path / "org-files"), federation.org_tls("clinic")
+    running = serve_link("127.0.0.1:0", coordinator, federation.coordinator_tls(), slots=2, stall_seconds=600.0)
+    try:
+        with connect(running, tls) as client:
+            dead = link_pb2_grpc.LinkStub(client._channel).Pull(link_pb2.PullRequest(digest=digest))
+            assert next(dead).size == 40 * CHUNK_BYTES
+            threading.Thread(target=client.pull, args=(digest, store), daemon=True).start()
+            wait_for(lambda: store.has(digest), 20.0)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(dead)
+            assert caught.value.code() == grpc.StatusCode.CANCELLED
+    finally:
+        running.stop(0.1)
 
 
 def test_a_pull_checks_and_resumes(client, coordinator, vector, tmp_path):

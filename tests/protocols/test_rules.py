@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import strategy
-from foedus_protocols import codec, rules
+from foedus_protocols import codec, rotation, rules
 from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.layout import Vector, vector_digest, vector_from_bytes
 from foedus_protocols.rules import RoundSum, Rule, advance, initial_state, mean_of_sum, replay
@@ -158,6 +158,27 @@ def test_inputs_are_left_alone_and_everything_stays_fp32() -> None:
         assert not state.first.any()
         assert (state.step, following.step) == (0, 1)
         assert {after.dtype, following.first.dtype, following.second.dtype} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("length", [1, rotation.CHUNK, rotation.CHUNK + 1, 3 * rotation.CHUNK])
+def test_a_step_in_place_and_piece_by_piece_gives_the_same_bits(length: int) -> None:
+    rng = np.random.default_rng(length)
+    for rule in (Rule(), Rule(name="sgd", momentum=0.5), Rule(name="adambc", noise_variance=0.1)):
+        adapter, state = rng.standard_normal(length).astype(np.float32), initial_state(rule, length)
+        again, kept = adapter.copy(), initial_state(rule, length)
+        for _ in range(2):
+            g = rng.standard_normal(length).astype(np.float32)
+            whole, moments = rules._STEPS[rule.name](g, rule, state)
+            adapter, state = adapter - whole, moments
+            before = again
+            again, kept = advance(again, g, rule=rule, state=kept, in_place=True)
+            assert again is before
+            assert again.tobytes() == adapter.tobytes()
+            assert (kept.step, kept.first.tobytes(), kept.second.tobytes()) == (
+                state.step,
+                state.first.tobytes(),
+                state.second.tobytes(),
+            )
 
 
 def test_mean_of_sum_divides_by_the_survivors_weights_in_any_order() -> None:

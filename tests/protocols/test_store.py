@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from foedus_protocols import store as store_module
 from foedus_protocols.errors import StateError, VerificationError
+from foedus_protocols.files import DiskTrouble
 from foedus_protocols.store import CHUNK_BYTES, FileStore
 
 DATA = os.urandom(CHUNK_BYTES * 2 + 12345)
@@ -124,3 +127,87 @@ def test_file_and_name_are_synced_before_finish_returns(store, monkeypatch):
         part.write(DATA)
         part.finish()
     assert events.index("file") < events.index(DIGEST[:2])
+
+
+class Grudging:
+    """A file that takes few bytes at a time, and none once its disk is full."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file = file
+        self._room = room
+
+    def write(self, data: bytes) -> int:
+        if self._room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self._file.write(data[: min(1000, self._room)])
+        self._room -= taken
+        return taken
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+def test_a_disk_that_takes_few_bytes_at_a_time_loses_none(store: FileStore) -> None:
+    with store.open_part(DIGEST, len(DATA)) as part:
+        part._file = Grudging(part._file, len(DATA))
+        for start in range(0, len(DATA), CHUNK_BYTES):
+            part.write(DATA[start : start + CHUNK_BYTES])
+        assert part.finish().read_bytes() == DATA
+
+
+def test_a_full_disk_ends_a_part_which_resumes_when_there_is_room(store: FileStore) -> None:
+    with store.open_part(DIGEST, len(DATA)) as part:
+        part.write(DATA[:CHUNK_BYTES])
+        part._file = Grudging(part._file, 4000)
+        with pytest.raises(DiskTrouble, match="disk is full"):
+            part.write(DATA[CHUNK_BYTES : 2 * CHUNK_BYTES])
+        with pytest.raises(StateError, match="open part"):
+            part.write(DATA[CHUNK_BYTES : 2 * CHUNK_BYTES])
+    assert not store.has(DIGEST)
+    with store.open_part(DIGEST, len(DATA)) as part:
+        assert part.offset == CHUNK_BYTES
+        part.write(DATA[CHUNK_BYTES:])
+        assert part.finish().read_bytes() == DATA
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_a_full_disk_takes_nothing_in(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, move: bool
+) -> None:
+    source = tmp_path / "vector"
+    source.write_bytes(DATA)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store_module.os, "fsync", full)
+    with pytest.raises(DiskTrouble):
+        store.put(source, move=move)
+    with pytest.raises(DiskTrouble):
+        store.put_bytes(DATA)
+    assert not store.has(DIGEST)
+    assert leftovers(store) == []
+
+
+def test_leftovers_of_old_transfers_go_and_others_stay(store: FileStore) -> None:
+    old, kept, fresh = ("a" * 64, "b" * 64, "c" * 64)
+    for digest in (old, kept, fresh):
+        with store.open_part(digest, 10) as part:
+            part.write(b"12345")
+    for digest in (old, kept):
+        os.utime(store.root / "parts" / f"{digest}.part", (1.0, 1.0))
+    with store.open_part("d" * 64, 10) as part:
+        os.utime(store.root / "parts" / f"{'d' * 64}.part", (1.0, 1.0))
+        assert store.drop_parts(older_than_seconds=3600.0, keep=frozenset({kept})) == 1
+        part.write(b"1234567890"[:5])
+    assert sorted(leftovers(store)) == [f"{digest}.part" for digest in (kept, fresh, "d" * 64)]
+
+
+def test_a_file_whose_digest_is_known_is_taken_as_it_is(store: FileStore) -> None:
+    source = store.root / "sum.part"
+    source.write_bytes(DATA)
+    assert store.adopt(source, DIGEST) == store.path(DIGEST)
+    assert store.path(DIGEST).read_bytes() == DATA
+    assert not source.exists()
+    with pytest.raises(VerificationError):
+        store.adopt(source, "../elsewhere")

@@ -18,6 +18,7 @@ from foedus_client.datasets.readers import Rejected, Row, read_rows, stem
 from foedus_client.datasets.units import Columns, Units, check_names, is_held_out, key_hash, unit_field, unit_key
 
 _SMALLEST_RECORD = 16
+_MOST_REJECTED = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ def _read_file(
     for row in read_rows(path):
         rows += 1
         if isinstance(row, Rejected):
-            report.rejected.append(row)
+            _reject(row, path, report, rows=rows, usable=usable)
             continue
         try:
             record = parse_row(row.values, columns.get(stem(path)))
@@ -173,7 +174,7 @@ def _read_file(
                 target.records.append(encoded)
                 _note_truncation(path, row, encoded, length, report)
         except RowError as error:
-            report.rejected.append(Rejected(file=path.name, line=row.line, reason=str(error)))
+            _reject(Rejected(file=path.name, line=row.line, reason=str(error)), path, report, rows=rows, usable=usable)
             continue
         gathered[key] = target
         usable += 1
@@ -182,6 +183,20 @@ def _read_file(
         first = next((item for item in report.rejected if item.file == path.name), None)
         found = f"none of its {rows} rows is usable (line {first.line}: {first.reason})" if first else "it is empty"
         raise DataError(f"{path}: {found}; correct the file or say with --columns and --unit what its columns are")
+
+
+def _reject(row: Rejected, path: Path, report: Report, *, rows: int, usable: int) -> None:
+    """Pass over a row.
+
+    Raises:
+        DataError: Most rows so far are unusable: not a file with flaws but another file, and a list without end.
+    """
+    report.rejected.append(row)
+    if rows - usable > _MOST_REJECTED + usable:
+        raise DataError(
+            f"{path}: more rows are unusable than usable, over {_MOST_REJECTED:,} of them so far (line {row.line}: "
+            f"{row.reason}); correct the file or say with --columns and --unit what its columns are"
+        )
 
 
 def _note_truncation(path: Path, row: Row, record: Record, length: int, report: Report) -> None:

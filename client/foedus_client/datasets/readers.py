@@ -22,6 +22,7 @@ from foedus_protocols.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _LONGEST_LINE = 16 << 20
+_LONGEST_ROW = 32 << 20  # Of a table: several long fields, or a quote that is never closed.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +119,15 @@ def _json_row(data: bytes, name: str, line: int) -> Row | Rejected:
 def _read_csv(file: BinaryIO, path: Path) -> Iterator[Row | Rejected]:
     csv.field_size_limit(_LONGEST_LINE)
     delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), path)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         if not header or len(set(header)) != len(header):
             raise DataError(f"{path}: expected a first line of distinct column names")
         before = reader.line_num
         for fields in reader:
+            lines.read = 0
             line, before = before + 1, reader.line_num
             if not fields:
                 continue
@@ -137,3 +140,25 @@ def _read_csv(file: BinaryIO, path: Path) -> Iterator[Row | Rejected]:
         raise DataError(f"{path}: expected UTF-8 text, got other bytes after line {reader.line_num}") from error
     except csv.Error as error:
         raise DataError(f"{path}: expected quoted CSV, got a field that breaks it at line {reader.line_num}") from error
+
+
+class _Lines:
+    """The lines of a text, of bounded length, for `csv.reader`, which would read a file without line ends whole.
+
+    Attributes:
+        read: Characters since the last whole row.
+    """
+
+    def __init__(self, text: io.TextIOWrapper, path: Path) -> None:
+        self.read = 0
+        self._text = text
+        self._path = path
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(_LONGEST_ROW):
+            self.read += len(line)
+            if self.read >= _LONGEST_ROW:
+                raise DataError(
+                    f"{self._path}: expected rows of less than {_LONGEST_ROW >> 20} Mi characters, got more"
+                )
+            yield line

@@ -1,0 +1,26 @@
+"""Every parser that reads bytes from outside, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from fuzz import documents, files, ports
+from fuzz.watch import Target
+
+KEPT = Path(__file__).parents[1] / "vectors" / "fuzz"
+"""Inputs that once did harm, in a folder for each parser."""
+
+_GROUPS: dict[tuple[str, ...], Callable[[Path, ExitStack], Iterator[Target]]] = {
+    documents.NAMES: documents.targets,
+    files.NAMES: files.targets,
+    ports.NAMES: ports.targets,
+}
+NAMES = tuple(name for names in _GROUPS for name in names)
+
+
+def target(name: str, scratch: Path, stack: ExitStack) -> Target:
+    """One parser, ready; `stack` ends what it needed."""
+    group = next(make for names, make in _GROUPS.items() if name in names)
+    return next(made for made in group(scratch, stack) if made.name == name)
