@@ -14,6 +14,7 @@ from foedus_protocols.errors import UsageError
 from foedus_protocols.identity import human_fingerprint, parse_fingerprint
 from foedus_protocols.logs import LogFormat, LogFormatOption, setup
 from foedus_protocols.manifest import read_manifest
+from foedus_protocols.memory import give_memory_back
 from foedus_protocols.proxy import require_no_credentials
 from rich.markup import escape
 
@@ -227,6 +228,7 @@ def up(
     place = find_home(home)
     stop = threading.Event()
     setup(log_format)
+    give_memory_back()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
     run(place, stop)

@@ -57,6 +57,9 @@ from foedus_client.work import CheckTask, EvaluateTask, TrainTask
 
 _LOG = logging.getLogger("foedus.client")
 
+CHECK_SECONDS = 1800.0
+"""What the checks before a run's first step may take beyond the deadline: they pass once, for every later order."""
+
 Vector = npt.NDArray[np.float32]
 
 
@@ -95,7 +98,7 @@ def take_part(order: TrainOrder, seat: Seat, ports: Ports) -> tuple[TrainAnswer,
     working = ports if made is not None else _interruptible(order.deadline, seat, ports)
     scores = score(position, seat, working, last=False) if order.evaluate else None
     if made is None:
-        check_mechanism(seat, working)
+        check_mechanism(seat, _interruptible(order.deadline + CHECK_SECONDS, seat, ports))
         vector = train(order, position, seat, working)
         made = code(vector, order.round, seat, ports)
     entry = reserve(made, seat, ports)

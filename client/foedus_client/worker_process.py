@@ -11,7 +11,8 @@ import os
 import socket
 import subprocess  # nosec B404
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,6 +41,8 @@ from foedus_client.work import (
 _LOG = logging.getLogger("foedus.client")
 _WAIT_SECONDS = 1.0
 _STOP_SECONDS = 5.0
+_LOAD_SECONDS = 1800.0
+"""What a base may take to load, whatever the deadline of the order that it is loaded for: the next order uses it."""
 _ATTEMPTS = 4  # A task that kills its process each time (memory) is given up; one that was killed from outside is not.
 
 # What a worker may know of its surroundings. Proxies, tokens and the like are not in the list.
@@ -76,6 +79,8 @@ class WorkerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._setup: Setup | None = None
+        self._loading: Setup | None = None
+        self._loading_since = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -105,7 +110,7 @@ class WorkerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._process = self._connection = self._setup = None
+        self._process = self._connection = self._setup = self._loading = None
 
     def _ask(self, setup: Setup, kind: str, task: Task, answer: type[R], tick: Tick) -> R:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -126,8 +131,16 @@ class WorkerProcess:
             self._start()
         if self._setup == setup:
             return
+        if self._loading is not None and self._loading != setup:
+            self.stop()
+            self._start()
         self._setup = None
-        reply = self._exchange("setup", setup, SetupReply, tick)
+        if self._loading is None:
+            self._send("setup", setup)
+            self._loading, self._loading_since = setup, time.monotonic()
+        answer = self._wait(tick, keep=self._goes_on_loading)
+        self._loading = None
+        reply = _read(answer, SetupReply)
         self._setup = setup
         _LOG.info(
             "worker ready on %s: %d units to train on, %d held out",
@@ -168,24 +181,49 @@ class WorkerProcess:
             self._connection = Connection(kept.detach())
 
     def _exchange(self, kind: str, task: Task, answer: type[R], tick: Tick) -> R:
+        self._send(kind, task)
+        return _read(self._wait(tick, keep=lambda: False), answer)
+
+    def _send(self, kind: str, task: Task) -> None:
+        request = Request.model_validate({"kind": kind, "body": task.encode().decode()})
+        if self._connection is None:
+            raise WorkerLost
+        try:
+            self._connection.send_bytes(request.encode())
+        except OSError as error:
+            raise WorkerLost from error
+
+    def _wait(self, tick: Tick, *, keep: Callable[[], bool]) -> Reply:
+        """Wait for the reply to what was sent. `tick` may give up; `keep` says whether the child lives on then."""
         connection = self._connection
         if connection is None:
             raise WorkerLost
-        request = Request.model_validate({"kind": kind, "body": task.encode().decode()})
         try:
-            connection.send_bytes(request.encode())
             while not connection.poll(_WAIT_SECONDS):
                 tick()
-            reply = Reply.decode(connection.recv_bytes(MAX_TASK_BYTES))
+            return Reply.decode(connection.recv_bytes(MAX_TASK_BYTES))
         except (EOFError, OSError) as error:
             raise WorkerLost from error
         except BaseException:
-            # The child may still be at work on what nobody waits for: it must not answer the next question with it.
-            self.stop()
+            # A child at work on what nobody waits for must not answer the next question with it.
+            if not keep():
+                self.stop()
             raise
-        if reply.error is not None:
-            raise error_of(reply)
-        return answer.decode((reply.body or "").encode())
+
+    def _goes_on_loading(self) -> bool:
+        """Whether a child that is not ready at the deadline may be: else a slow base would be loaded for ever anew."""
+        if time.monotonic() - self._loading_since > _LOAD_SECONDS or self.pid is None:
+            return False
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+        except OSError:
+            return True  # No such file on this system: nobody can tell a frozen process, and the limit holds.
+
+
+def _read(reply: Reply, answer: type[R]) -> R:
+    if reply.error is not None:
+        raise error_of(reply)
+    return answer.decode((reply.body or "").encode())
 
 
 def error_of(reply: Reply) -> FoedusError:

@@ -15,6 +15,7 @@ import typer
 from foedus_protocols.console import Format, FormatOption, emit
 from foedus_protocols.identity import human_fingerprint, public_hex
 from foedus_protocols.logs import LogFormat, LogFormatOption, setup
+from foedus_protocols.memory import give_memory_back
 from rich.console import Console
 
 from foedus_coordinator import (
@@ -82,6 +83,7 @@ def up(
 
     setup(log_format)
     stop = threading.Event()
+    give_memory_back()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     serve(open_home(home), stop=stop, say=logging.getLogger("foedus.coordinator").info)

@@ -65,7 +65,7 @@ def evaluate(run: Run, chain: Chain) -> None:
             deadline=deadline,
         )
         ids = run.ask("evaluate", dict.fromkeys(run.orgs, body), round=number, attempt=1)
-        run.wait(lambda: run.answers(ids, EvaluateAnswer).keys() >= run.presence.here(), deadline)
+        run.wait(lambda: run.all_here(run.answers(ids, EvaluateAnswer), run.orgs), deadline)
         for org, answer in run.answers(ids, EvaluateAnswer).items():
             if answer.scores is not None:
                 with run.storage.write() as connection:
@@ -94,4 +94,4 @@ def tell(run: Run, outcome: Outcome, reason: str) -> None:
     body = CloseNotice(charter_digest=run.charter.digest, outcome=outcome, reason=reason)
     ids = run.ask("close", dict.fromkeys(run.orgs, body))
     deadline = run.clock() + min(run.charter.schedule.round_seconds, _TELL_SECONDS)
-    run.wait(lambda: run.answers(ids, CloseAnswer).keys() >= run.presence.here(), deadline)
+    run.wait(lambda: run.all_here(run.answers(ids, CloseAnswer), run.orgs), deadline)

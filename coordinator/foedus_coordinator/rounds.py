@@ -143,7 +143,6 @@ def collect(run: Run, number: int) -> None:
     """
     with run.timed(number, "train"):
         while run.storage.round(run.id, number).state == "offered":
-            run.presence.look()
             row = run.storage.round(run.id, number)
             if _slept(run, row) or not _collect_attempt(run, row):
                 _reopen(run, row)
@@ -199,7 +198,7 @@ def confirm(run: Run, number: int) -> None:
                     "failed", f"after round {number} {', '.join(others)} computed another adapter than the coordinator"
                 )
             stopped = run.storage.run(run.id).wish == "stop"
-            return stopped or answers.keys() >= set(row.survivors) & run.presence.here()
+            return stopped or run.all_here(answers, row.survivors)
 
         run.wait(survivors_answered, run.clock() + run.charter.schedule.round_seconds)
         run.storage.update_round(run.id, number, state="closed")
@@ -267,6 +266,7 @@ def _slept(run: Run, row: RoundRow) -> bool:
 
     That is not held against the organisations: the round is offered again, whatever the charter says of short ones.
     """
+    run.presence.look()  # It may have been stopped since the last look, right before the deadline was compared.
     return row.deadline < run.presence.since and len(_included(run, row.number)) < run.charter.masks.min_survivors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from foedus_coordinator.storage import Storage
 
 Outcome = Literal["complete", "failed", "refused", "stopped"]
 Answer = TypeVar("Answer", bound=Body)
+_HEED_SECONDS = 0.25
 _POLL_SECONDS = 1.0  # How long a change by another process, or a shutdown, may go unnoticed.
 
 
@@ -99,13 +100,16 @@ class Run:
             RunEnded: Only where `heeding`.
         """
         ends = time.monotonic() + deadline - self.clock()
+        heed_at = 0.0
         while True:
             since = self.storage.generation
             if self.stop.is_set():
                 raise Interrupted(self.id)
             self.presence.look()
             self.alive()
-            if heeding:
+            if heeding and time.monotonic() >= heed_at:
+                # Every commit of every organisation wakes this loop; a wish has time until the next look.
+                heed_at = time.monotonic() + _HEED_SECONDS
                 self.heed()
             if done():
                 return True
@@ -113,6 +117,11 @@ class Run:
             if left <= 0:
                 return False
             self.storage.wait(min(left, _POLL_SECONDS), since=since)
+
+    def all_here(self, answered: Collection[str], among: Collection[str]) -> bool:
+        """Whether everybody among these has answered, those left out who are away or no members any more."""
+        open_ = set(among) - set(answered)
+        return not open_ or not open_ & self.presence.here()
 
     def heed(self) -> None:
         """Look whether the run is to end before its time.

@@ -264,9 +264,13 @@ class LinkDesk:
         if run is None:
             raise VerificationError(f"expected a file that {org} may pull, {digest[:16]}... is not one")
         path = self.files.path(digest)
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:  # Erased this moment, with the end of its run.
+            raise VerificationError(f"expected a file that {org} may pull, {digest[:16]}... is not one") from error
         if run:
             with self.storage.write() as connection:
-                figures.count_bytes(connection, run, org, down=path.stat().st_size)
+                figures.count_bytes(connection, run, org, down=size)
         return path
 
     def _begin(self, org: str, place: tuple[str, int], digest: str) -> list[str]:

@@ -25,7 +25,7 @@ from foedus_local.text import write_demo_text
 from support.proxy import ShapingProxy
 
 DEADLINE_SECONDS = 15.0  # Three workers that load at once on two busy cores need ten.
-ROUNDS = 10
+ROUNDS = 6
 _EPSILON = 1.0
 _EPSILON_CAP = 40.0  # At 100 the slack of the noise tables would leave nothing of delta.
 _DELTA = 1e-5

@@ -8,8 +8,8 @@ One thread looks at folders, logs and the coordinator's database several times a
 * for each trouble the seconds until the first sign of life after it.
 
 A **sign of life** of an organisation is an answer or a call that the coordinator wrote down, or its daemon's word that
-it is connected or that its worker works; of a worker, an answer or that word alone; of the coordinator, any of these
-from any organisation.
+it is connected or that its worker works; of a worker, an answer or its daemon's word that it works; of the coordinator,
+an answer, a call or a connection of any organisation.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Witness:
         self._homes = homes
         self._logs = {org: logs / f"{org}.log" for org in homes}
         self._read: dict[str, int] = {}
-        self._alive = dict.fromkeys(homes, 0.0)
+        self._called = dict.fromkeys(homes, 0.0)  # Both ends of the link live.
         self._working = dict.fromkeys(homes, 0.0)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -152,15 +152,16 @@ class Witness:
             if stamp is not None and (working or _CONNECTED in line):
                 # What the line says, not when it was read: it may stand there since before the trouble.
                 moment = datetime.strptime(stamp.group(), "%Y-%m-%d %H:%M:%S,%f").timestamp()
-                self._note_sign(org, moment, working=working)
+                _note(self._working if working else self._called, org, moment)
 
     def _read_database(self) -> None:
         with contextlib.closing(_open(self._coordinator / "coordinator.db")) as database:
             for org, seen in database.execute("SELECT org, last_seen FROM nodes WHERE last_seen IS NOT NULL"):
-                self._note_sign(org, seen, working=False)
+                _note(self._called, org, seen)
             query = "SELECT org, max(answered_at) FROM messages WHERE answered_at IS NOT NULL GROUP BY org"
             for org, answered in database.execute(query):
-                self._note_sign(org, answered, working=True)
+                _note(self._called, org, answered)
+                _note(self._working, org, answered)
             rows = database.execute("SELECT run, round, org, digest FROM vectors WHERE verdict = 'included'").fetchall()
         now = {(run, number, org): digest for run, number, org, digest in rows}
         for key, digest in self.evidence.acknowledged.items():
@@ -168,18 +169,21 @@ class Witness:
                 self.evidence.contradictions.append(f"{key}: acknowledged {digest[:12]}, later {now.get(key)}")
         self.evidence.acknowledged |= now
 
-    def _note_sign(self, org: str, moment: float, *, working: bool) -> None:
-        self._alive[org] = max(self._alive[org], moment)
-        if working:
-            self._working[org] = max(self._working[org], moment)
-
     def _judge_recoveries(self) -> None:
         with self._lock:
             for one in self.evidence.recoveries:
-                signs = self._working if one.working else self._alive
-                sign = signs[one.org] if one.org else max(signs.values())
+                if not one.org:
+                    sign = max(self._called.values())
+                elif one.working:
+                    sign = self._working[one.org]
+                else:
+                    sign = max(self._called[one.org], self._working[one.org])
                 if not one.over and sign > one.since:
                     one.seconds = sign - one.since
+
+
+def _note(signs: dict[str, float], org: str, moment: float) -> None:
+    signs[org] = max(signs[org], moment)
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -45,7 +45,14 @@ class Hello:
 
     def tell(self, number: int, words: str, **changes: Any) -> ToldReceipt:
         """Add a receipt to what is told."""
-        terms = {"federation": "north", "run": RUN, "round": number, "org": "ahorn", "digest": words, "size": 700}
+        terms: dict[str, Any] = {
+            "federation": "north",
+            "run": RUN,
+            "round": number,
+            "org": "ahorn",
+            "digest": words,
+            "size": 700,
+        }
         terms |= {"verdict": "included", "time": 1}
         charter = changes.pop("charter", self.desk.charter.digest)
         key = changes.pop("key", self.key)

@@ -118,7 +118,7 @@ def test_errors_come_back_as_the_trees_classes(tmp_path: Path, name: str, kind: 
 
 
 def test_giving_up_while_waiting_ends_the_child(tmp_path: Path) -> None:
-    worker = _worker(tmp_path, "import time; time.sleep(600)")
+    worker = _worker(tmp_path, "if request['kind'] == 'check': import time; time.sleep(600)")
 
     def give_up() -> None:
         raise KeyboardInterrupt
@@ -176,3 +176,58 @@ def test_trouble_of_the_workers_disk_is_told_from_other_trouble(tmp_path: Path) 
             worker.train(SETUP, TRAIN, _nothing)
     finally:
         worker.stop()
+
+
+def test_a_base_that_loads_past_the_deadline_is_ready_for_the_next_order(tmp_path: Path) -> None:
+    # The setup lasts until the second order is there.
+    behaviour = (
+        'if request["kind"] == "setup":\n'
+        "        import time\n"
+        '        while not Path("second").exists(): time.sleep(0.02)'
+    )
+    worker = _worker(tmp_path, behaviour)
+
+    def late() -> None:
+        raise RoundFailed("too late")
+
+    try:
+        for _ in range(2):
+            with pytest.raises(RoundFailed, match="too late"):
+                worker.train(SETUP, TRAIN, late)
+        loading = worker.pid
+        (tmp_path / "second").touch()
+        worker.train(SETUP, TRAIN, _nothing)
+        assert worker.pid == loading
+        assert _calls(tmp_path) == ["setup", "train"]
+    finally:
+        worker.stop()
+
+
+def test_another_base_is_not_waited_for(tmp_path: Path) -> None:
+    behaviour = 'if request["kind"] == "setup" and "first" in request["body"]: import time; time.sleep(600)'
+    worker = _worker(tmp_path, behaviour)
+
+    def late() -> None:
+        raise RoundFailed("too late")
+
+    try:
+        with pytest.raises(RoundFailed, match="too late"):
+            worker.train(SETUP.model_copy(update={"base": "first"}), TRAIN, late)
+        worker.train(SETUP, TRAIN, _nothing)
+    finally:
+        worker.stop()
+
+
+def test_a_worker_that_is_frozen_while_it_loads_is_killed_at_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "_STOP_SECONDS", 0.2)
+    worker = _worker(tmp_path, "if request['kind'] == 'setup': os.kill(os.getpid(), 19)")
+
+    def late() -> None:
+        if "T (stopped)" in Path(f"/proc/{worker.pid}/status").read_text():
+            raise RoundFailed("too late")
+
+    with pytest.raises(RoundFailed, match="too late"):
+        worker.train(SETUP, TRAIN, late)
+    assert worker.pid is None

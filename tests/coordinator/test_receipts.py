@@ -88,7 +88,7 @@ def test_pages_together_tell_everything_once(storage: Storage) -> None:
     count = 2 * RECEIPTS_PER_HELLO + 3
     for number in range(1, count + 1):
         accept(storage, "one", number)
-    pages = []
+    pages: list[list[tuple[str, str, int]]] = []
     while sum(map(len, pages)) < count:
         found, total = told(storage, "x", sum(map(len, pages)))
         assert found

@@ -108,7 +108,7 @@ def json_lines(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
         at = rng.randrange(len(lines))
         try:
             lines[at] = _spelled(changed(rng, json.loads(lines[at])), rng)
-        except ValueError:
+        except (ValueError, RecursionError):  # Wrong already.
             lines[at] = bytewise(rng, [lines[at]])
     return rng.choice((b"\n", b"\n", b"\r\n", b"\n\n")).join(lines)
 

@@ -24,7 +24,7 @@ from foedus_protocols.canonical import digest
 from fuzz.targets import KEPT, NAMES, target
 from fuzz.watch import Finding, inputs, judge
 
-_GRACE_SECONDS = 60.0  # A process that has not ended so long after its time hangs.
+_GRACE_SECONDS = 300.0  # A process that has not ended so long after its time hangs; getting ready takes some of it.
 _KEPT_EACH = 5
 
 

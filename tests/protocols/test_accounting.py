@@ -170,3 +170,15 @@ def test_a_malformed_event_is_refused(noise: float, prob: float, steps: int) -> 
 def test_delta_is_a_probability(delta: float) -> None:
     with pytest.raises(ConfigError, match="delta"):
         epsilon([event(1.0, 0.5, 1)], delta)
+
+
+@pytest.mark.parametrize(
+    ("noise_multiplier", "sampling_prob", "steps"),
+    [(0.1, 0.5, 1_000_000), (0.3, 0.9, 2**53 - 1), (100.0, 1e-3, 2**53 - 1), (2.0, 5e-324, 3), (1e300, 0.1, 3)],
+)
+def test_numbers_out_of_reach_are_beyond_every_budget_and_fill_no_memory(
+    noise_multiplier: float, sampling_prob: float, steps: int
+) -> None:
+    """Each made the accountant raise, hang, or ask for gigabytes; a charter's author chooses them."""
+    event = Event(noise_multiplier=noise_multiplier, sampling_prob=sampling_prob, steps=steps)
+    assert epsilon([event], 1e-5) > 1000

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from foedus_client.datasets import Dataset, Unit, load_dataset
+from foedus_client.datasets import load as load_module
 from foedus_protocols.errors import DataError, UsageError
 from tokenizers import Tokenizer
 
@@ -122,6 +123,17 @@ def test_a_file_without_a_usable_row_is_an_error_that_quotes_nothing(jsonl: Writ
     assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match="it is empty"):
         load(jsonl("empty", []))
+
+
+def test_a_file_of_mostly_unusable_rows_is_given_up(
+    jsonl: Writer, load: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "_MOST_REJECTED", 20)
+    wrong = [{"unit": "a", "nothing": n} for n in range(30)]
+    with pytest.raises(DataError, match=r"more rows are unusable than usable.*line 23"):
+        load(jsonl("wrong", [_question("a", 1), *wrong]))
+    flawed = [_question("a", n) for n in range(10)]
+    assert len(load(jsonl("flawed", [*flawed, *wrong])).report.rejected) == 30
 
 
 def test_settings_are_checked(jsonl: Writer, load: Loader) -> None:

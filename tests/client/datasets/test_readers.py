@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from foedus_client.datasets import readers
 from foedus_client.datasets.readers import Rejected, Row, read_rows, stem
 from foedus_protocols.errors import DataError
 
@@ -62,6 +63,19 @@ def test_csv_counts_lines_through_quoted_breaks(tmp_path: Path) -> None:
         Rejected(file="a.csv.gz", line=4, reason="expected 2 fields, got 1"),
         Row(line=5, values={"id": "3", "text": "plain"}),
     ]
+
+
+@pytest.mark.parametrize("row", [b"a," + b"x" * 2000, b'a,"' + b"x\n" * 1000, b'"' + b'y","' * 500])
+def test_a_table_is_not_read_whole_for_a_row_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: bytes
+) -> None:
+    monkeypatch.setattr(readers, "_LONGEST_ROW", 1000)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"p,q\n" + b"1,2\n" * 1000 + row)
+    rows = read_rows(path)
+    assert all(isinstance(next(rows), Row) for _ in range(1000))
+    with pytest.raises(DataError, match="characters"):
+        next(rows)
 
 
 def test_tsv(tmp_path: Path) -> None:
