@@ -23,8 +23,8 @@ from rich.table import Table
 from foedus_client import policy
 from foedus_client.budget import expected_epsilon
 from foedus_client.config import HOME_VARIABLE, Home, find_home
-from foedus_client.ledger import Ledger
 from foedus_client.membership import org_view, remembered
+from foedus_client.receipts import open_ledger
 from foedus_client.seat import Seat, take_seat
 from foedus_client.state import CharterRecord, ClientState
 
@@ -99,10 +99,11 @@ def _refused(charter: Charter, record: CharterRecord | None, place: Home) -> Pol
         files = FileStore(place.files)
         with closing(ClientState(place.state)) as state:
             rosters = remembered(state, lambda digest, limit: files.path(digest))
+            ledger = open_ledger(place.ledger, state)
         view = org_view(
             place.membership(),
             policy=policy.load(place.policy),
-            ledger=Ledger(place.ledger),
+            ledger=ledger,
             rosters=rosters,
             signing_key=load_signing_key(place.signing_key),
             stage="sign",
@@ -120,7 +121,8 @@ def _budget(charter: Charter, place: Home) -> dict[str, Any]:
     namespace = limits.namespaces.get(charter.purpose)
     if namespace is None:
         raise PolicyRefused(9, "the policy allows no data for this charter's purpose")
-    judged = expected_epsilon(Ledger(place.ledger), limits, charter, place.load().org)
+    with closing(ClientState(place.state)) as state:
+        judged = expected_epsilon(open_ledger(place.ledger, state), limits, charter, place.load().org)
     return {
         "namespace": namespace.name,
         "epsilon_cap": namespace.epsilon_cap,

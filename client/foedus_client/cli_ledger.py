@@ -131,7 +131,7 @@ def state(
         runs = run or [one.run for one in unexplained(memory) if _draws_on(place, one, namespace)]
         if ledger_is_gone(place.ledger, memory):
             ledger = Ledger(place.ledger)
-            remember_heads(ledger, memory)  # Those of the lost file witness nothing any more.
+            remember_heads(ledger, memory, anew=True)  # Those of the lost file witness nothing any more.
         else:
             ledger = open_ledger(place.ledger, memory)
         ledger.open_namespace(namespace, unit=terms.unit)

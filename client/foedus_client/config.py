@@ -39,7 +39,7 @@ class ClientConfig(BaseModel):
         ca_fingerprint: SHA-256 of the federation CA's public key, as a person gave it.
         request_id: Our enrolment request.
         federation: Known once the request is approved, as are the two below.
-        operator_key: The operator's public signing key.
+        operator_key: The operator's public signing key. A home that joins again knows it before.
         link: ``HOST:PORT`` of the coordinator's link port.
         proxy: ``http://[USER:PASSWORD@]HOST:PORT`` to dial through; the environment is asked where there is none
             (`foedus_protocols.proxy`).

@@ -38,6 +38,7 @@ from foedus_client.later import Later
 from foedus_client.life import Heartbeat
 from foedus_client.lock import HomeLock
 from foedus_client.receipts import open_ledger
+from foedus_client.scratch import sweep
 from foedus_client.seat import Ports
 from foedus_client.slots import Held
 from foedus_client.state import ClientState
@@ -106,6 +107,7 @@ def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) 
     by = "directly" if proxy is None else f"through the proxy {proxy.shown} (from {proxy.source})"
     _LOG.info("dialling %s %s", us.link, by)
     home.make()
+    sweep(home.root)
     policy.load(home.policy)
     with HomeLock(home.lock), ClientState(home.state) as state:
         child = WorkerProcess(home.work, stderr=home.worker_log)

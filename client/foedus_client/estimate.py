@@ -10,10 +10,8 @@ A step's time varies with its random sample, and a round waits for the slowest o
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +22,7 @@ from foedus_protocols.charter import charter_events, delta_for_accountant
 from foedus_protocols.errors import RoundFailed
 from foedus_protocols.packing import pack
 
+from foedus_client.scratch import scratch
 from foedus_client.seat import Seat
 from foedus_client.work import CheckTask, EvaluateTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
@@ -164,17 +163,6 @@ def _advance(seat: Seat, words: Path) -> None:
     mean = rules.mean_of_sum(total, [1.0])
     state = rules.initial_state(seat.rule, total.size)
     rules.advance(np.zeros_like(mean), mean, rule=seat.rule, state=state)
-
-
-@contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """A folder for a dry step or a rehearsal; no vector outlives it."""
-    place = folder / f"check-{secrets.token_hex(4)}"
-    place.mkdir(mode=0o700, parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

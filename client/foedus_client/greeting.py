@@ -83,12 +83,20 @@ def greet(
     told = list(answer.receipts)
     while answer.receipts and receipts + len(told) < answer.receipts_total:
         answer = say(introduction(home, us, receipts_from=receipts + len(told)))
+        _require_once(answer.receipts, told)
         told += answer.receipts
     _require_all(answer, receipts, told)
     reconcile(told, ledger=greeter.ledger, state=greeter.state, us=us, pull=pull, clock=greeter.clock)
     # A coordinator that knows fewer than before lost some; all of them are told again next time.
     accounted = receipts + len(told)
     return Greeted(rosters=rosters, receipts=accounted if accounted <= answer.receipts_total else 0)
+
+
+def _require_once(page: list[ToldReceipt], told: list[ToldReceipt]) -> None:
+    """Refuse a page that was told before: whoever tells the same for ever would keep us here, and fill our memory."""
+    known = {(one.receipt.run, one.receipt.round) for one in told}
+    if any((one.receipt.run, one.receipt.round) in known for one in page):
+        raise VerificationError("expected each receipt once in the coordinator's pages, got one again")
 
 
 def _require_all(answer: HelloAnswer, receipts: int, told: list[ToldReceipt]) -> None:

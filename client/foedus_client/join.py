@@ -89,6 +89,7 @@ def start_again(
 ) -> ClientConfig:
     """Put the old identity aside, so that `prepare` and `join` make and enrol a new one under the same id.
 
+    The operator that this home knows is kept: `join` refuses another one.
     The old key files move to ``keys/old-TIME/`` and are never deleted. Ledger, policy, data registrations, split keys
     and the daemon's memory stay where they are.
 
@@ -129,6 +130,7 @@ def start_again(
             enrolment=coordinator or config.enrolment,
             ca_fingerprint=parse_fingerprint(ca_fingerprint) if ca_fingerprint else config.ca_fingerprint,
             proxy=proxy or config.proxy,
+            operator_key=config.operator_key,
         )
         home.save(fresh)
     return fresh
@@ -202,6 +204,12 @@ def _finish(home: Home, config: ClientConfig, status: EnrolmentStatus, fingerpri
             "token from another --home"
         )
     status.check_approved(org=config.org, tls_key=load_tls_key(home.tls.key), ca_fingerprint=config.ca_fingerprint)
+    if config.operator_key not in (None, status.operator_key):  # A home that joins again (`start_again`).
+        raise VerificationError(
+            f"expected the operator that this home knows, {key_fingerprint(config.operator_key)}, got another, "
+            f"{key_fingerprint(status.operator_key)}: ask the coordinator's administrator over another channel. "
+            "Whoever has the CA's key could show another; if it was replaced, take operator_key out of client.toml"
+        )
     write_durably(home.tls.ca, status.ca_pem)
     write_durably(home.tls.certificate, status.certificate_pem)
     policy.add_coordinator(home.policy, status.operator_key)

@@ -292,7 +292,8 @@ class Ledger:
                         f"{words_digest[:12]}: send the reserved ones; a round is spent once"
                     )
                 return first
-            if run in known.stated_runs:
+            # In any namespace: a person may have stated the run's spending in another one than it draws on now.
+            if any(run in fold(transaction.read(name)).stated_runs for name in transaction.namespaces()):
                 raise StateError(f"expected a run that goes on, {run!r} is covered by a statement and over for us")
             mine = self._in_force(known, namespace, charter_digest)
             if mine.abandoned:

@@ -10,8 +10,9 @@ the newest entry seen of each chain), and the file's being there at all. What fo
                                     nothing leaves and which is charged: words of it may have left unseen
     (c) the charter is unknown      nobody here knows what was spent. Nothing is answered until a person states it
 
-Left out: a home restored as a whole from before a charter was signed, where not one vector of that charter got a
-receipt. Neither side's records tell of it.
+Left out: what neither side's records tell of. A home restored as a whole from before a charter was signed, where not
+one vector of that charter got a receipt; or from before a reservation whose words left in part, or got a receipt that
+the coordinator withholds: the round is then trained anew, and its first words are not charged.
 """
 
 from __future__ import annotations
@@ -109,13 +110,27 @@ def ledger_is_gone(path: Path, state: ClientState) -> bool:
     return (not path.exists() or path.stat().st_size == 0) and state.fact(_HEADS) is not None
 
 
-def remember_heads(ledger: Ledger, state: ClientState) -> None:
+def remember_heads(ledger: Ledger, state: ClientState, *, anew: bool = False) -> None:
     """Note the newest entry of every chain in client.db, so that an older copy of the ledger is recognised.
+
+    Args:
+        ledger: The ledger.
+        state: The daemon's memory.
+        anew: The file was compared with all that is known just now, or a person states what it lacks.
+
+    Raises:
+        StateError: An entry that was noted is not there: the file was replaced since the last hello. What was noted
+            stays, so that the next hello recognises the copy.
 
     Guarantees:
         Called between a reservation and the departure of its words, no later copy of the file without that reservation
         goes unnoticed as long as client.db is not an older copy as well.
     """
+    if not anew and _forgot(ledger, state):
+        raise StateError(
+            "expected a ledger that goes on from the one seen before, got an older or another copy: it is compared "
+            "with the coordinator's receipts at the next hello, and nothing leaves until then"
+        )
     with ledger.transaction() as transaction:
         heads = json.dumps(transaction.heads(), sort_keys=True)
     if state.fact(_HEADS) != heads:
@@ -176,7 +191,7 @@ def reconcile(
         restore(ledger, *place, events.of(evidence), evidence.words, evidence.receipt)
     found = Reconciled(committed=_commit(spent, ledger, book), restored=len(missing), older=older, abandoned=abandoned)
     _take_over(spent, state)
-    remember_heads(ledger, state)
+    remember_heads(ledger, state, anew=True)
     _settle(lost, book, state, events, clock())
     return found
 

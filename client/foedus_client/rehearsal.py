@@ -23,7 +23,7 @@ from foedus_protocols import rules
 from foedus_protocols.charter import Charter
 from foedus_protocols.errors import DataError
 
-from foedus_client.estimate import scratch
+from foedus_client.scratch import scratch
 from foedus_client.session import Session, set_threads
 from foedus_client.work import EvaluateTask, Setup, StepTermsTask, TrainTask
 

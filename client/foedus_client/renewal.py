@@ -83,12 +83,15 @@ def renew_if_due(
         Whether anything was written.
 
     Raises:
-        VerificationError: The CAs are not signed by the operator. Nothing was written.
+        VerificationError: The CAs are not signed by the operator, or are of before a rotation that we saw. Nothing was
+            written.
         ConnectError: The line broke.
 
     Guarantees:
-        A CA is trusted only by the operator's signature. A certificate is written only if it is for our own TLS key and
-        our own name, of a trusted CA, and valid now. A kill at any instant leaves files that `TlsFiles.read` accepts.
+        A CA is trusted only by the operator's signature, and a rotation is never turned back: whoever stole the key of
+        the older CA cannot replay what the operator signed before. A certificate is written only if it is for our own
+        TLS key and our own name, of a trusted CA, and valid now. A kill at any instant leaves files that
+        `TlsFiles.read` accepts.
     """
     if answer.minor < _SINCE_MINOR:
         return False
@@ -96,6 +99,7 @@ def renew_if_due(
     told: list[x509.Certificate] | None = None
     if answer.authorities is not None:
         told = open_authorities(answer.authorities, operator_key=us.operator_key, federation=us.federation)
+        _require_not_older(told, _trusted(home))
     written = told is not None and _add(home, told)
     if written:
         reload()
@@ -110,6 +114,24 @@ def renew_if_due(
         reload()
         written = True
     return written
+
+
+def _require_not_older(told: Sequence[x509.Certificate], trusted: Sequence[x509.Certificate]) -> None:
+    """Refuse a bundle of before a rotation that we saw: without our newest CA or a later one, or with an older one.
+
+    A signed bundle has no number. The CAs' own dates, which the signature covers, tell which came first.
+    """
+    newest, known = max(map(_made, trusted)), set(fingerprints(trusted))
+    added = [ca for ca, name in zip(told, fingerprints(told), strict=True) if name not in known]
+    if max(map(_made, told)) < newest or any(_made(ca) < newest for ca in added):
+        raise VerificationError(
+            "expected CAs that continue those that we trust, got a bundle of before a rotation: ask the coordinator's "
+            "administrator whether an old backup was restored; else somebody replays it"
+        )
+
+
+def _made(ca: x509.Certificate) -> datetime:
+    return ca.not_valid_before_utc
 
 
 def _is_due(home: Home, told: Sequence[x509.Certificate] | None, now: datetime) -> bool:

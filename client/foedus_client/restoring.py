@@ -99,13 +99,15 @@ def state_spent(
     """
     slack = noise_slack(length=_LONGEST_VECTOR, steps=sum(event.steps for event in events), epsilon=cap)
     with ledger.transaction() as transaction:
-        transaction.require(namespace)
+        earlier = (one for one in fold(transaction.require(namespace)).charges if one.charged())
+        # The order in force, also where what fixed it is released unspent later: an order must not follow from results.
+        order = next((one.filter_order for one in earlier), None)
         body = {
             "events": [asdict(event) for event in events],
             "runs": sorted(runs),
             "delta": delta,
             "delta_slack": slack,
             "cap": cap,
-            "filter_order": stated_order(cap, delta),
+            "filter_order": stated_order(cap, delta) if order is None else order,
         }
         return transaction.append(namespace, "state", body)

@@ -161,9 +161,15 @@ class ClientState(Database):
         """Remember an offered charter; a repeated offer changes nothing.
 
         Raises:
-            VerificationError: The same charter was offered under another run before.
+            VerificationError: The same charter was offered under another run before, or another charter under this run:
+                receipts name a run, and must lead to one charter.
         """
         with self._write() as db:
+            other = db.execute("SELECT digest FROM charters WHERE run = ? AND digest != ?", (run, digest)).fetchone()
+            if other is not None:
+                raise VerificationError(
+                    f"expected one charter in run {run}, got {digest[:12]} beside {other['digest'][:12]}"
+                )
             db.execute(
                 "INSERT OR IGNORE INTO charters VALUES (?, ?, ?, ?, ?, 'offered', NULL, '', NULL, NULL, 0, ?)",
                 (digest, run, name, purpose, operator_signature, time.time()),

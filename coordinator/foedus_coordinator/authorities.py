@@ -59,7 +59,8 @@ class Authorities:
         """Make another CA, trusted beside those that there are.
 
         Raises:
-            StateError: An older one was not retired yet.
+            StateError: An older one was not retired yet, or the clock stands before the present CA was made: members
+                tell by their dates which CA is the later one.
         """
         trusted = self.trusted()
         if len(trusted) > 1:
@@ -68,6 +69,8 @@ class Authorities:
                 "`foedus coordinator authority retire`"
             )
         made = CertificateAuthority.create(federation, now=now)
+        if made.certificate.not_valid_before_utc < trusted[-1].not_valid_before_utc:
+            raise StateError("expected a CA that is later than the one it follows, this clock is behind: set it first")
         save_key(self._later_key_path(made.certificate), made.key)
         self._write([*trusted, made.certificate])
         return made

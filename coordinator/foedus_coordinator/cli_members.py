@@ -34,6 +34,8 @@ def invite(
     """
     opened = open_home(home)
     again = _member_fingerprint(opened, org) is not None
+    if token_file is not None and token_file.exists():  # Before a token that was handed out is replaced.
+        raise StateError(f"expected no file at {token_file}, there is one; move it away if it is not needed")
     token = opened.members.invite(org)
     address = at(opened.config.address, opened.config.enrolment_port)
     pin = opened.shown_ca

@@ -10,7 +10,7 @@ from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
 
-from foedus_local.plan import Plan, Terms, plan_data, plan_invented
+from foedus_local.plan import Plan, Terms, check_domain, plan_data, plan_invented
 
 app = typer.Typer(help="A whole federation on this machine.")
 
@@ -63,11 +63,12 @@ def demo(
         round_seconds=round_seconds,
     )  # fmt: skip
     model = base or shipped_base()
+    # What cannot be meant is found before an earlier demo's folder is emptied.
+    if data is None:
+        check_domain(domain or _DOMAIN)
+    own = None if data is None else plan_data(data, unit or [], columns or [], model, terms)
     with demo_folder(folder or Path("foedus-demo" if terms.private else "foedus-demo-NOT-PRIVATE")) as place:
-        if data is None:
-            plan = plan_invented(place / "data", domain or _DOMAIN, terms)
-        else:
-            plan = plan_data(data, unit or [], columns or [], model, terms)
+        plan = own or plan_invented(place / "data", domain or _DOMAIN, terms)
         _announce(plan)
         result = run_demo(plan, place, model)
         draw(result, place / "coordinator", result.variant / "rounds.png")

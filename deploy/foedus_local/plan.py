@@ -95,10 +95,19 @@ class Plan:
         }
 
 
-def plan_invented(folder: Path, domain: str, terms: Terms) -> Plan:
-    """A demo on invented text, written into `folder`."""
+def check_domain(domain: str) -> None:
+    """Accept a domain that text is invented for.
+
+    Raises:
+        UsageError: It is none.
+    """
     if domain not in DOMAINS:
         raise UsageError(f"expected --domain {' or '.join(DOMAINS)}, got {domain!r}")
+
+
+def plan_invented(folder: Path, domain: str, terms: Terms) -> Plan:
+    """A demo on invented text, written into `folder`."""
+    check_domain(domain)
     text = write_demo_text(folder, domain=domain, seed=terms.seed)
     organisations = tuple(
         Organisation(

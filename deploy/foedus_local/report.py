@@ -22,7 +22,7 @@ def show(result: Result, console: Console) -> None:
     detail, terms = result.detail, result.plan.terms
     title = f"{result.plan.domain}: {len(result.plan.organisations)} organisations, {detail['rounds_closed']} rounds"
     table = Table(title=title if terms.private else f"NOT PRIVATE: {title}", show_header=False)
-    if detail["loss_before"] is not None:
+    if detail["loss_before"] is not None and detail["loss_after"] is not None:
         fall = 1.0 - detail["loss_after"] / detail["loss_before"]
         table.add_row("held-out loss before", f"{detail['loss_before']:.4f} nats a token")
         table.add_row("held-out loss after", f"{detail['loss_after']:.4f} nats a token ({fall:.1%} lower)")

@@ -338,7 +338,7 @@ def _requested_key(request_pem: bytes) -> EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(request_pem)
         valid = request.is_signature_valid
         public = request.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except _MALFORMED as error:
         raise VerificationError("expected a PEM certificate request, got bytes that are not one") from error
     if not valid or not isinstance(public, EllipticCurvePublicKey) or not isinstance(public.curve, SECP256R1):
         raise VerificationError("expected a certificate request for a P-256 key, signed by that key; got another")

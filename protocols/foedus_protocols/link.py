@@ -191,7 +191,7 @@ class _Service(link_pb2_grpc.LinkServicer):
             watched = stack.enter_context(self.watch.over(context.cancel, lambda: self._check(peer)))
             header = _push_header(next(requests, None), self._max_file_bytes)
             info = _json_object(header.context, MAX_CONTEXT_BYTES)
-            self._replace(header.digest, context)
+            self._replace(f"{peer.org} {header.digest}", context)
             if header.size > CHUNK_BYTES:
                 yield from self._wait_for_slot(peer.org, stack, context, watched, link_pb2.PushReply)
             part = stack.enter_context(self._handlers.granted(peer.org, header.digest, header.size, info))

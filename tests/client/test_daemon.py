@@ -579,6 +579,20 @@ def test_a_coordinator_that_withholds_receipts_is_refused(bench: Bench, monkeypa
         bench.daemon.greet(bench.coordinator)
 
 
+def test_a_page_of_receipts_that_comes_for_ever_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    hello, pages = bench.coordinator.hello, iter(range(5))
+
+    def same(body: dict[str, Any]) -> dict[str, Any]:
+        if next(pages, None) is None:
+            raise ConnectError("asked for ever")
+        return hello(body | {"receipts_from": 0}) | {"receipts_total": 2**40}
+
+    bench.coordinator.receipts = _receipts(bench, 5)
+    monkeypatch.setattr(bench.coordinator, "hello", same)
+    with pytest.raises(VerificationError, match="each receipt once"):
+        bench.daemon.greet(bench.coordinator)
+
+
 def test_spending_that_the_ledger_does_not_know_is_refused_before_anything_is_answered(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -389,6 +389,21 @@ def test_a_statement_beside_charters_keeps_the_order_that_the_first_one_fixed(le
     assert ledger.require_fits("patients", name("b"), [ALL], DELTA, 20.0).filter_order == 8.0
 
 
+def test_a_statement_keeps_that_order_also_where_the_first_charter_ends_unspent(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it ends unspent may follow from results, which an order must not."""
+    monkeypatch.setattr(accounting, "epsilon", lambda events, delta: 7.9)
+    monkeypatch.setattr(accounting, "filter_order", lambda events, *, epsilon_cap, delta: 8.0)
+    ledger = Ledger(tmp_path / "ledger.db", clock=clock)
+    ledger.open_namespace("patients", unit="patient")
+    admit(ledger, "a")
+    state_spent(ledger, "patients", [ALL], runs=["lost-1"], delta=DELTA, cap=8.0)
+    assert ledger.require_fits("patients", name("b"), [ALL], DELTA, 20.0).filter_order == 8.0
+    ledger.release_allotment(name("a"), why="left")
+    assert ledger.require_fits("patients", name("b"), [ALL], DELTA, 20.0).filter_order == 8.0
+
+
 @pytest.mark.parametrize(("cap", "delta"), [(0.5, 1e-6), (8.0, 1e-5), (50.0, 1e-3)])
 def test_the_stated_order_is_the_best_one_for_a_gaussian_that_costs_the_cap(cap: float, delta: float) -> None:
     from math import log

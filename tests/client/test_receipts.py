@@ -222,6 +222,24 @@ def test_a_copy_without_an_unseen_reservation_is_recognised_by_the_newest_entry_
     assert spent(desk) == 1
 
 
+def test_a_copy_put_back_under_a_running_daemon_lets_nothing_leave_and_is_still_recognised(
+    desk: Any, hello: Hello
+) -> None:
+    save(desk, "ledger.db")
+    desk.coordinator.fail_before_push = True
+    with pytest.raises(ConnectError):
+        hello.take_part(1)
+    desk.coordinator.fail_before_push = False
+    put_back(desk, "ledger.db")
+    with pytest.raises(StateError, match="older or another copy"):
+        hello.take_part(2)  # Before any hello.
+    assert desk.coordinator.pushed == []
+    assert hello.reconcile().older
+    assert hello.take_part(2).vector_digest is not None  # Its words were reserved, and are the only ones.
+    assert abandoned(desk.seat, 3, desk.ports)
+    assert spent(desk) == 3  # Round 1, of which words may have left, among them.
+
+
 def test_a_receipt_in_client_db_alone_is_enough(desk: Any, hello: Hello) -> None:
     save(desk, "ledger.db")
     hello.take_part(1)
@@ -328,6 +346,15 @@ def test_a_run_that_a_statement_covers_is_over_for_us(desk: Any, hello: Hello) -
     with pytest.raises(StateError, match="covered by a statement"):
         hello.take_part(1)
     assert spent(desk) == 1
+    assert desk.coordinator.pushed == []
+
+
+def test_a_run_that_a_statement_covers_is_over_in_every_namespace(desk: Any, hello: Hello) -> None:
+    """The person stated the run's spending in another namespace than the policy has for it."""
+    desk.ledger.open_namespace("visitors", unit="topic")
+    state_spent(desk.ledger, "visitors", [ONE], runs=[RUN], delta=1e-5, cap=100.0)
+    with pytest.raises(StateError, match="covered by a statement"):
+        hello.take_part(1)
     assert desk.coordinator.pushed == []
 
 

@@ -226,6 +226,22 @@ def test_without_a_certificate_of_the_new_one_the_old_ca_is_not_dropped(side: Si
     side.home.tls.read()
 
 
+@pytest.mark.parametrize(("trusted", "replayed"), [("ab", "a"), ("b", "a"), ("b", "ab"), ("bc", "ab")])
+def test_a_signed_bundle_of_before_a_rotation_is_not_taken_over(side: Side, trusted: str, replayed: str) -> None:
+    """Who has the older CA's key, and the operator's signature of that time, must not turn a rotation back."""
+    coordinator, start = side.coordinator, datetime.now(UTC) - 3 * DAYS
+    cas = {one: CertificateAuthority.create(LEAGUE, now=start + at * DAYS) for at, one in enumerate("abc")}
+    coordinator.cas = [cas[one] for one in trusted]
+    side.home.tls.ca.write_bytes(bundle_pem([one.certificate for one in coordinator.cas]))
+    key = load_tls_key(side.home.tls.key)
+    side.home.tls.certificate.write_bytes(coordinator.sign(make_request(key, "clinic")))
+    before = side.trusted(), side.serial()
+    coordinator.cas, coordinator.renew = [cas[one] for one in replayed], True
+    with pytest.raises(VerificationError, match="before a rotation"):
+        side.greet()
+    assert (side.trusted(), side.serial()) == before
+
+
 def test_cas_that_the_operator_did_not_sign_stop_the_greeting(side: Side) -> None:
     coordinator = side.coordinator
     coordinator.operator = generate_signing_key()

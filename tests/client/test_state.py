@@ -99,7 +99,7 @@ def test_an_ambiguous_or_unknown_beginning_is_an_error(state: ClientState) -> No
 def test_our_own_reason_outlives_the_end_of_a_refused_run(tmp_path: Path) -> None:
     state = ClientState(tmp_path / "client.db")
     for digest in ("a" * 64, "b" * 64):
-        state.note_offer(digest=digest, run="r", name="n", purpose="p", operator_signature="0" * 128)
+        state.note_offer(digest=digest, run=f"r-{digest[0]}", name="n", purpose="p", operator_signature="0" * 128)
     state.mark_refused("a" * 64, step=10, reason="the cap would be passed")
     for digest in ("a" * 64, "b" * 64):
         state.mark_closed(digest, "refused: somebody said no")
@@ -172,3 +172,12 @@ def test_a_noted_status_line_leaves_later_writes_durable(state: ClientState) -> 
     state.note({"life:doing": "training"})
     assert state.fact("life:doing") == "training"
     assert state._db.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+
+
+def test_one_run_has_one_charter(tmp_path: Path) -> None:
+    with closing(ClientState(tmp_path / "client.db")) as state:
+        offer = {"run": "r-1", "name": "n", "purpose": "p", "operator_signature": "s"}
+        state.note_offer(digest="a" * 64, **offer)
+        with pytest.raises(VerificationError, match="expected one charter in run r-1"):
+            state.note_offer(digest="b" * 64, **offer)
+        assert [one.digest for one in state.charters()] == ["a" * 64]

@@ -64,6 +64,14 @@ def test_the_newest_ca_signs_members_at_once_and_the_ports_once_all_trust_it(fed
     assert (home.renew_certificate(), shown(home)) == (False, new)
 
 
+def test_a_clock_before_the_present_cas_making_makes_no_later_one(federation: Any) -> None:
+    home = federation.home
+    before = home.authorities.bundle.read_bytes(), sorted(home.authorities.bundle.parent.glob("keys/*"))
+    with pytest.raises(StateError, match="clock"):
+        home.authorities.rotate("test", now=datetime.now(UTC) - DAY)
+    assert (home.authorities.bundle.read_bytes(), sorted(home.authorities.bundle.parent.glob("keys/*"))) == before
+
+
 def test_the_ports_certificate_is_renewed_at_half_life_by_the_ca_that_signs_it(federation: Any) -> None:
     home = federation.home
     now, old = datetime.now(UTC), home.authority.fingerprint

@@ -315,6 +315,20 @@ def test_lost_keys_are_replaced_and_the_ledger_stays(league: League, capsys: pyt
         client.poll(0.0)
 
 
+def test_who_joins_again_accepts_no_other_operator(league: League) -> None:
+    """Whoever has the CA's key passes the pin, and must not become the operator by that."""
+    home = league.join("ahorn")
+    known = "0" * 63 + "1"
+    home.save(home.load().model_copy(update={"operator_key": known}))
+    policy = home.policy.read_text()
+    asked = league.ask("ahorn", "--again")
+    league.coordinator("approve", "ahorn", "--yes", "--fingerprint", asked["fingerprint"])
+    with pytest.raises(VerificationError, match="expected the operator that this home knows"):
+        call(client_app, home.root, "join")
+    assert not home.tls.certificate.exists()
+    assert (home.policy.read_text(), home.load().operator_key) == (policy, known)
+
+
 def test_runs_of_a_revoked_or_replaced_member_end_with_its_name(league: League) -> None:
     for org in ("ahorn", "birke"):
         league.join(org)

@@ -87,7 +87,7 @@ def test_tsv(tmp_path: Path) -> None:
     ("name", "data", "message"),
     [
         ("a.parquet", b"PAR1", r"expected a file called \*\.jsonl"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-20], "damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], "damaged"),
         ("b.jsonl.gz", b'{"text": "x"}\n', "damaged"),
         ("a.csv", b"", "distinct column names"),
         ("b.csv", b"a,a\n1,2\n", "distinct column names"),
