@@ -17,7 +17,14 @@ PACKAGES = {
     "client": ["kernels/foedus_kernels", "model/foedus_model", "client/foedus_client"],
     "coordinator": ["coordinator/foedus_coordinator", "deploy/foedus_local"],
 }
-MODULES = {"grpcio": "grpc", "protobuf": "google", "grpcio-tools": "grpc_tools", "dp-accounting": "dp_accounting"}
+MODULES = {
+    "grpcio": "grpc",
+    "protobuf": "google",
+    "grpcio-tools": "grpc_tools",
+    "dp-accounting": "dp_accounting",
+    "pyyaml": "yaml",
+}
+SIMULATION = "ray"  # What flwr's own extra brings along.
 TOOLS = {"bandit", "import-linter", "mypy", "pre-commit", "pytest-xdist", "ruff"}
 """Development tools that are run and not imported."""
 
@@ -51,11 +58,19 @@ def test_the_clients_extra_is_what_its_packages_import_beyond_the_base() -> None
 
 def test_the_coordinators_extra_is_what_its_packages_import_beyond_the_others() -> None:
     """`foedus_local` runs both sides and may lean on either's; Flower serves both."""
-    wanted = imported(PACKAGES["coordinator"]) - declared("")
+    wanted = imported(PACKAGES["coordinator"]) - declared("") - {SIMULATION}
     assert wanted - declared("client") <= declared("coordinator") <= wanted
+
+
+def test_the_simulations_extra_brings_its_engine() -> None:
+    (item,) = PROJECT["optional-dependencies"]["simulation"]
+    assert item.startswith("flwr[simulation]")
+    assert SIMULATION in imported(PACKAGES["coordinator"])
 
 
 def test_the_tests_import_nothing_that_is_not_declared() -> None:
     everything = set.union(*(declared(extra) for extra in ("", "client", "coordinator", "dev")))
-    assert imported(["tests", "scripts"]) <= everything
+    ours = {path.stem for path in (REPOSITORY / "tests").rglob("*.py")}
+    ours |= {path.name for path in (REPOSITORY / "tests").rglob("*") if path.is_dir()}
+    assert imported(["tests", "scripts"]) - ours <= everything
     assert declared("dev") <= imported(["tests", "scripts"])

@@ -359,9 +359,6 @@ def test_a_folder_that_is_no_model(tmp_path: Path, refused: Refused) -> None:
     refused(9, "expected JSON, got something else", *line, "--variant", tmp_path / "folder")
     (tmp_path / "folder" / "manifest.json").unlink()
     (tmp_path / "folder" / "config.json").write_bytes((TINY / "config.json").read_bytes())
-    (tmp_path / "folder" / "model.safetensors.index.json").write_text("{}")
-    refused(9, "expected a 'weight_map'", "model", "manifest", tmp_path / "folder")
-    (tmp_path / "folder" / "model.safetensors.index.json").unlink()
     refused(9, "expected safetensors files", "model", "manifest", tmp_path / "folder")
     refused(2, "a new or empty folder", "model", "pretrain", "--out", tmp_path / "folder", "--work", tmp_path / "work")
 

@@ -170,6 +170,28 @@ def test_a_signature_of_another_key_ends_the_run(federation: Any, pump: Any) -> 
     assert "beta" in row.reason
 
 
+@pytest.mark.parametrize("when", ["before beta answered", "after round 1"])
+def test_a_charter_that_expires_ends_the_run_and_says_when(federation: Any, pump: Any, when: str) -> None:
+    federation.start_run()
+    run = federation.run()
+
+    def due() -> bool:
+        if when == "after round 1":
+            return [row.state for row in run.storage.rounds(run.id)] == ["closed"]
+        signed = [org for org, (signature, _) in run.storage.signatures(run.id).items() if signature is not None]
+        return sorted(signed) == ["alpha", "gamma"]
+
+    object.__setattr__(run, "clock", lambda: run.charter.expires + 1.0 if due() else time.time())
+    if when == "before beta answered":
+        federation.orgs["beta"].silent = {"charter"}
+    with pump(federation):
+        execute(run)
+    row = federation.home.storage.run(federation.run_id)
+    assert row.reason == f"the charter expired {when}"
+    assert (row.outcome, row.variant is None) == (("failed", True) if "before" in when else ("stopped", False))
+    assert vectors_left(federation) == []
+
+
 def test_another_adapter_fails_the_run_by_name(federation: Any, pump: Any) -> None:
     federation.start_run()
     federation.orgs["gamma"].change = lambda kind, body: (

@@ -32,8 +32,9 @@ class Stage:
         self.budgets: list[Any] = []
         self.stopped = 0
         self.trouble: Exception | None = None
+        self.coordinator_home = Path("coordinator")
         monkeypatch.setattr(demo, "LocalFederation", lambda *arguments: self)
-        monkeypatch.setattr(demo, "_watch", lambda federation, run: self.detail)
+        monkeypatch.setattr(demo, "watch", lambda home, run, check: self.detail)
 
     def create(self, budget: Any, say: Callable[[str], None]) -> None:
         self.budgets.append(budget)
@@ -42,6 +43,9 @@ class Stage:
 
     def start_run(self, charter: dict[str, Any]) -> str:
         return "demo-1"
+
+    def check(self) -> None:
+        """Nothing has ended by itself."""
 
     def stop(self) -> None:
         self.stopped += 1
