@@ -56,9 +56,9 @@ chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=
 study: setup     ## real text, three seeds, with and without privacy (DATA=folder with medical/ and legal/)
 	$(BIN)/python tests/bench/study.py --data $(or $(DATA),../shared/data) $(STUDY_FLAGS)
 
-slow-link: setup ## transfers and a whole run over 20 Mbit/s, 200 ms and 1 % loss (as root: lines of packets), and idle lines
+slow-link: setup ## transfers and a run over 20 Mbit/s, 200 ms, 1 % loss (as root: lines of packets); idle lines, frozen peers
 	PYTHONPATH=tests $(BIN)/python tests/net/slow_link.py $(SLOW_LINK_FLAGS)
-	$(BIN)/pytest -m slow tests/net
+	$(BIN)/pytest -m slow tests/net tests/protocols
 
 fuzz: setup      ## every parser of bytes from outside, SECONDS=600 each (SEED=number, JOBS=2 at once)
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),600) --jobs $(or $(JOBS),2) $(if $(SEED),--seed $(SEED)) $(FUZZ_FLAGS)

@@ -27,7 +27,7 @@ from foedus_client.seat import Seat
 from foedus_client.work import CheckTask, EvaluateTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
 
-# Orders, answers, offers and histories of one round, measured (docs/benchmarks.md); they hardly vary.
+# Orders, answers and the history of one round, rounded up: an envelope has some 3 KiB, a history grows by 0.5 KiB each.
 CONTROL_BYTES = 16 * 1024
 
 T = TypeVar("T")
@@ -157,12 +157,10 @@ def _encode(seat: Seat, vector: np.ndarray[Any, np.dtype[np.float32]], path: Pat
 
 def _advance(seat: Seat, words: Path) -> None:
     """Decode a sum and apply the rule, as every party does after a round."""
-    total = codec.decode_sum(
-        codec.read_packed(words, seat.coding), coding=seat.coding, key=secrets.token_bytes(32)
-    )  # (d,)
+    total = codec.decode_file(words, coding=seat.coding, key=secrets.token_bytes(32))  # (d,)
     mean = rules.mean_of_sum(total, [1.0])
-    state = rules.initial_state(seat.rule, total.size)
-    rules.advance(np.zeros_like(mean), mean, rule=seat.rule, state=state)
+    state = rules.initial_state(seat.rule, mean.size)
+    rules.advance(np.zeros_like(mean), mean, rule=seat.rule, state=state, in_place=True)
 
 
 def _timed(work: Callable[[], T]) -> tuple[float, T]:

@@ -131,14 +131,14 @@ class EvaluateReply(Task):
 
 
 class Request(Task):
-    """One line over the socket pair."""
+    """One message to the worker."""
 
     kind: Literal["setup", "check", "train", "evaluate"]
     body: str
 
 
 class Reply(Task):
-    """One line back: a body, or the class and text of an error of the tree."""
+    """Its answer: a body, or the class and text of an error of the tree."""
 
     body: str | None = None
     error: str | None = None

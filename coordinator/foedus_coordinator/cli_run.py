@@ -32,6 +32,19 @@ _SHORT = 8
 
 
 @run_app.command()
+def template(output: FormatOption = Format.text) -> None:
+    """Print a commented charter to start from: `foedus coordinator run template > charter.toml`."""
+    from foedus_protocols.charter_draft import charter_template
+
+    text = charter_template()
+    emit(
+        {"toml": text},
+        output,
+        lambda console: console.print(text, end="", markup=False, highlight=False, soft_wrap=True),
+    )
+
+
+@run_app.command()
 def start(
     charter: Annotated[Path, typer.Argument(help="The terms, as TOML.")],
     base: Annotated[Path, typer.Option(help="The base model's folder; only its manifest and configuration are used.")],

@@ -2,8 +2,8 @@
 
 Every step reads where the run is from the database, does its part, and writes down that it did before anyone acts on
 it. A step that finds its work done returns at once. So a coordinator that was killed runs `execute` again and goes on,
-with the same survivors, the same sum and no vector lost. Every wait ends by the charter's one setting,
-`schedule.round_seconds`.
+with the same survivors, the same sum and no vector lost. Every wait of a round ends by the
+charter's one setting, `schedule.round_seconds`; signatures and a pause are waited for until the charter expires.
 
 Without masks the steps `keys`, `shares`, `survivors` and `unmask` of ``docs/protocol.md`` section 5 are absent, and the
 coordinator sees each organisation's noised vector.

@@ -208,10 +208,6 @@ def _draw_world(words: Domain, rng: random.Random, size: int = 24) -> list[Subje
     return subjects
 
 
-def _invent_word(rng: random.Random) -> str:
-    return (rng.choice(_ONSETS) + rng.choice(_MIDDLES) + "x" + rng.choice(("ol", "ine", "an"))).capitalize()
-
-
 def _write_units(
     words: Domain, world: list[Subject], index: int, count: int, rng: random.Random, planted: list[str]
 ) -> Iterator[dict[str, str]]:

@@ -71,7 +71,7 @@ class LinkHandlers(Protocol):
         """Answer an introduction. JSON both ways (`hello.py`): versions, roster, receipts, CAs, renewals."""
 
     def poll(self, org: str, wait_seconds: float) -> bytes | None:
-        """The oldest encoded envelope that `org` has not answered, waiting up to `wait_seconds` (1 at most) for one."""
+        """The oldest encoded envelope that `org` has not answered, waiting up to `wait_seconds` for one."""
 
     def deliver(self, org: str, envelope: bytes) -> None:
         """Take in an answer: durable before it returns, and applied once however often it comes."""

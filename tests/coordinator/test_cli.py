@@ -18,6 +18,7 @@ from foedus_coordinator.executor import serve
 from foedus_protocols.certificates import make_request
 from foedus_protocols.channel import TlsFiles
 from foedus_protocols.charter import Charter
+from foedus_protocols.charter_draft import read_draft
 from foedus_protocols.enrolment import EnrolmentClient, EnrolmentRequest
 from foedus_protocols.envelope import open_envelope
 from foedus_protocols.errors import CheckpointError, ConfigError, StateError, UsageError, VerificationError
@@ -231,3 +232,12 @@ def test_text_output_is_for_people(home: Path) -> None:
     assert result.exit_code == 0
     assert "not running" in result.stdout
     assert "The coordinator sees each organisation's noised vector" in result.stdout
+
+
+def test_the_template_is_a_charter_that_can_be_read(tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["run", "template"])
+    assert said.exit_code == 0
+    path = tmp_path / "charter.toml"
+    path.write_text(said.stdout, encoding="utf-8")
+    assert [one["id"] for one in read_draft(path)["participants"]] == ["hospital-a", "hospital-b"]
+    assert json.loads(CliRunner().invoke(app, ["run", "template", "--format", "json"]).stdout)["toml"] == said.stdout
