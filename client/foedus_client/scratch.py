@@ -32,11 +32,12 @@ def sweep(folder: Path) -> None:
     """Erase the folders whose processes are gone."""
     for place in folder.glob(f"{_PREFIX}*-*"):
         owner = place.name.removeprefix(_PREFIX).split("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+        if owner.isdigit() and not is_alive(int(owner)):
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs, whoever's it is."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -7,7 +7,7 @@ finds that run's charter, history and sums among the same files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,10 @@ from foedus_protocols.charter import MAX_CHARTER_BYTES, Charter
 from foedus_protocols.errors import StateError
 from foedus_protocols.messages import MAX_HISTORY_BYTES, ClosedRound, History
 from foedus_protocols.store import FileStore
+
+from foedus_coordinator.storage import RoundRow, RoundState
+
+_CLOSED: tuple[RoundState, ...] = ("closed",)
 
 
 class Chain:
@@ -77,6 +81,21 @@ class Chain:
         self.closed += 1
         self.digest = _digest(self.adapter)
         return self.digest
+
+
+def closed_rounds(rows: Iterable[RoundRow], *, states: Collection[RoundState] = _CLOSED) -> list[ClosedRound]:
+    """The entries of a run's history: its rounds in these states, oldest first."""
+    return [
+        ClosedRound(
+            round=row.number,
+            attempt=row.attempt,
+            survivors=list(row.survivors),
+            sum_digest=row.sum_digest,
+            adapter_digest=row.adapter_digest,
+        )
+        for row in rows
+        if row.state in states and row.sum_digest is not None and row.adapter_digest is not None
+    ]
 
 
 def first_charter(charter: Charter, files: FileStore) -> Charter:

@@ -108,21 +108,12 @@ def _require_newest(home: Home, run: str) -> None:
 
 def _history(home: Home, row: RunRow) -> tuple[History, int]:
     """The closed rounds of an ended run, and how many it opened."""
-    from foedus_protocols.messages import ClosedRound, History
+    from foedus_protocols.messages import History
+
+    from foedus_coordinator.chain import closed_rounds
 
     rounds = home.storage.rounds(row.id)
-    closed = [
-        ClosedRound(
-            round=one.number,
-            attempt=one.attempt,
-            survivors=list(one.survivors),
-            sum_digest=one.sum_digest,
-            adapter_digest=one.adapter_digest,
-        )
-        for one in rounds
-        if one.state == "closed" and one.sum_digest is not None and one.adapter_digest is not None
-    ]
-    return History(charter_digest=row.charter_digest, rounds=closed), len(rounds)
+    return History(charter_digest=row.charter_digest, rounds=closed_rounds(rounds)), len(rounds)
 
 
 def _replayed(home: Home, charter: Charter, run: str, history: History) -> str:

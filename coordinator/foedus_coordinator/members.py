@@ -334,18 +334,6 @@ class Members:
             raise StateError(f"expected a member, {org!r} never was one")
         return int(node)
 
-    def org_of(self, node: int) -> str:
-        """The organisation of a node id.
-
-        Raises:
-            StateError: There is none.
-        """
-        with self._storage.read() as connection:
-            org = connection.execute(select(nodes.c.org).where(nodes.c.node_id == node)).scalar()
-        if org is None:
-            raise StateError(f"expected the node id of a member, got {node}")
-        return str(org)
-
     def introduce(self, org: str, said: Introduced) -> None:
         """Note what a member's hello said."""
         values = {

@@ -12,11 +12,11 @@ from typing import Literal, TypeVar
 
 from foedus_protocols.charter import Charter
 from foedus_protocols.errors import RoundFailed
-from foedus_protocols.messages import Body, ClosedRound, History
+from foedus_protocols.messages import Body, History
 from foedus_protocols.store import FileStore
 
 from foedus_coordinator import figures
-from foedus_coordinator.chain import Chain
+from foedus_coordinator.chain import Chain, closed_rounds
 from foedus_coordinator.grid import LinkGrid
 from foedus_coordinator.mailbox import Mailbox
 from foedus_coordinator.presence import Presence
@@ -161,36 +161,17 @@ class Run:
 
     def history(self) -> History:
         """The rounds that lead to the newest adapter, the one that was just advanced included."""
-        closed = [
-            ClosedRound(
-                round=row.number,
-                attempt=row.attempt,
-                survivors=list(row.survivors),
-                sum_digest=row.sum_digest,
-                adapter_digest=row.adapter_digest,
-            )
-            for row in self.storage.rounds(self.id)
-            if row.state in ("advanced", "closed") and row.sum_digest is not None and row.adapter_digest is not None
-        ]
-        return History(charter_digest=self.charter.digest, rounds=closed)
+        rows = self.storage.rounds(self.id)
+        return History(charter_digest=self.charter.digest, rounds=closed_rounds(rows, states=("advanced", "closed")))
 
     def chain(self, closed: int | None = None) -> Chain:
         """Replay the closed rounds, all of them or only the first `closed`.
 
         Raises:
-            RoundFailed: The files on disk give another adapter than the one that was announced.
+            StateError: The files on disk give another adapter than the one that was announced.
         """
         chain = Chain(self.charter, run=self.id, files=self.files)
-        for row in self.storage.rounds(self.id):
-            if chain.closed == closed:
-                break
-            if row.state == "closed" and row.sum_digest is not None:
-                found = chain.advance(number=row.number, survivors=row.survivors, sum_digest=row.sum_digest)
-                if found != row.adapter_digest:
-                    raise RoundFailed(
-                        f"expected the adapter {row.adapter_digest} after round {row.number} of {self.id}, its sums "
-                        f"give {found}; restore the coordinator's files, or use the version that wrote them"
-                    )
+        chain.follow(closed_rounds(self.storage.rounds(self.id))[:closed])
         return chain
 
     @contextmanager

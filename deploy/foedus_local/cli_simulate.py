@@ -10,6 +10,21 @@ import typer
 from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 
+from foedus_local.options import (
+    BaseOption,
+    ClipOption,
+    DeltaOption,
+    EpsilonOption,
+    EvaluateEveryOption,
+    ExpectedUnitsOption,
+    MaxHeldoutRecordsOption,
+    MaxRecordsPerUnitOption,
+    MaxTokensOption,
+    NoPrivacyOption,
+    RateOption,
+    RoundSecondsOption,
+    RoundsOption,
+)
 from foedus_local.plan import Terms, plan_split
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
@@ -25,22 +40,22 @@ def simulate(
         list[str] | None,
         typer.Option("--columns", help="FILE:question=COLUMN,answer=COLUMN, or FILE:text=COLUMN."),
     ] = None,
-    epsilon: Annotated[float, typer.Option(help="What one unit may lose.")] = 8.0,
-    delta: Annotated[float, typer.Option(help="At most 1/(10 x units) of every organisation.")] = 1e-5,
-    rounds: Annotated[int, typer.Option(help="Rounds.")] = 10,
+    epsilon: EpsilonOption = 8.0,
+    delta: DeltaOption = 1e-5,
+    rounds: RoundsOption = 10,
     seed: Annotated[int, typer.Option(help="Deal and held-out split; without privacy every draw. Never noise.")] = 0,
-    no_privacy: Annotated[bool, typer.Option("--no-privacy", help="No noise. What comes out is NOT PRIVATE.")] = False,
+    no_privacy: NoPrivacyOption = False,
     actors: Annotated[int | None, typer.Option(min=1, help="Virtual workers at a time; default: one a core.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where everything goes; default: ./foedus-simulation.")] = None,
-    base: Annotated[Path | None, typer.Option(help="The base model's folder; default: the shipped tiny.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest record.")] = 256,
-    max_records_per_unit: Annotated[int, typer.Option(help="Records of one unit in a step.")] = 4,
-    expected_units: Annotated[int, typer.Option(help="Expected units of one organisation a round, at most.")] = 64,
-    max_heldout_records: Annotated[int, typer.Option(help="Held-out records of one organisation.")] = 100,
-    rate: Annotated[float, typer.Option(help="Learning rate of Adam on the sum.")] = 0.02,
-    clip: Annotated[float, typer.Option(help="Bound on one unit's gradient.")] = 0.15,
-    evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out scores.")] = 1,
-    round_seconds: Annotated[float, typer.Option(help="Deadline of a round.")] = 1800.0,
+    base: BaseOption = None,
+    max_tokens: MaxTokensOption = 256,
+    max_records_per_unit: MaxRecordsPerUnitOption = 4,
+    expected_units: ExpectedUnitsOption = 64,
+    max_heldout_records: MaxHeldoutRecordsOption = 100,
+    rate: RateOption = 0.02,
+    clip: ClipOption = 0.15,
+    evaluate_every: EvaluateEveryOption = 1,
+    round_seconds: RoundSecondsOption = 1800.0,
     output: FormatOption = Format.text,
 ) -> None:
     """Deal files out to virtual organisations by unit, and train one adapter together under Flower's engine."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foedus_client.scratch import is_alive
 from foedus_coordinator import views
 from foedus_coordinator.config import Home
 from foedus_protocols.console import progress_console
@@ -77,7 +78,7 @@ def demo_folder(folder: Path) -> Iterator[Path]:
         if not marker.exists():
             raise StateError(f"expected an empty folder or an earlier demo in {folder}, got other files: use --folder")
         holder = json.loads(marker.read_text(encoding="utf-8")).get("process")
-        if holder is not None and _alive(holder):
+        if holder is not None and is_alive(holder):
             raise StateError(f"expected no running demo in {folder}, process {holder} runs one: wait, or use --folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,13 +168,3 @@ def _tell_news(detail: dict[str, Any], told: dict[str, str], say: Callable[[str]
 def say(text: str) -> None:
     """One line of progress."""
     progress_console.print(f"  {text}", highlight=False)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

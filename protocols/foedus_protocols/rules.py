@@ -17,7 +17,7 @@ nothing is fused), and scalars are Python floats under the same four operations;
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from foedus_protocols.codec import Coding, decode_sum
 from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.rotation import CHUNK
 
@@ -151,35 +150,6 @@ def advance(adapter: Vector, g: Vector, *, rule: Rule, state: State, in_place: b
         np.subtract(adapter[piece], update, out=following[piece])
         first[piece], second[piece] = after.first, after.second
     return following, State(step=state.step + 1, first=first, second=second)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundSum:
-    """One closed round, as `replay` needs it.
-
-    Attributes:
-        words: The published sum.  # int64 (padded,)
-        weights: ``w_i / max w`` of the survivors.
-        key: The round's coding key.
-    """
-
-    words: NDArray[np.int64]
-    weights: Sequence[float]
-    key: bytes
-
-
-def replay(
-    adapter: Vector, rounds: Iterable[RoundSum], *, coding: Coding, rule: Rule, state: State | None = None
-) -> tuple[Vector, State]:
-    """Advance an adapter through closed rounds, oldest first: how a member that missed some catches up.
-
-    `rounds` may be a generator, so that only one sum is in memory. Without a `state` the run starts at its beginning.
-    """
-    state = state or initial_state(rule, adapter.size)
-    for closed in rounds:
-        decoded = decode_sum(closed.words, coding=coding, key=closed.key)
-        adapter, state = advance(adapter, mean_of_sum(decoded, closed.weights), rule=rule, state=state)
-    return adapter, state
 
 
 def _adam(g: Vector, rule: Rule, state: State) -> tuple[Vector, State]:

@@ -41,6 +41,7 @@ from foedus_protocols.messages import (
     TrainAnswer,
     TrainOrder,
 )
+from support.replayed import RoundSum, replay
 
 FEDERATION = "test"
 ORGS = ("alpha", "beta", "gamma")
@@ -173,7 +174,7 @@ class FakeOrganisation:
         return self.words[number]
 
     def _replay(self, history_digest: str) -> str:
-        """What `rules.replay` makes of the published history."""
+        """What a plain replay makes of the published history."""
         assert self.charter is not None
         adapter, _ = self._replayed(self.charter, self.run, history_digest)
         found = digest(adapter.astype("<f4").tobytes())
@@ -191,8 +192,8 @@ class FakeOrganisation:
         for entry in History.decode(self._pull(history_digest)).rounds:
             words = codec.unpack(self._pull(entry.sum_digest), coding.ring_bits, coding.padded).astype(np.int64)
             weights = [charter.relative_weight(org) for org in entry.survivors]
-            rounds.append(rules.RoundSum(words=words, weights=weights, key=charter.coding_key(run, entry.round)))
-        return rules.replay(start, rounds, coding=coding, rule=charter.rule(), state=state)
+            rounds.append(RoundSum(words=words, weights=weights, key=charter.coding_key(run, entry.round)))
+        return replay(start, rounds, coding=coding, rule=charter.rule(), state=state)
 
     def begin_anew(self) -> None:
         """Forget what belongs to one run."""

@@ -78,7 +78,7 @@ def test_an_extension_goes_on_from_adapter_and_state_and_counts_what_is_spent(en
     closed = ended.home.storage.rounds(ended.run_id)
     assert [one.state for one in closed] == ["closed", "closed"]
     assert closed[0].start_digest == rounds[-1].adapter_digest
-    # Every organisation came to these adapters by replaying both runs with `rules.replay`, moments included.
+    # Every organisation came to these adapters by replaying both runs the plain way, moments included.
     for org in ended.orgs.values():
         assert org.adapters[-1] == closed[-1].adapter_digest
     chain = Chain(new, run=ended.run_id, files=ended.home.files)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,15 @@ from foedus_local.federation import NAMESPACE, LocalFederation
 from foedus_local.processes import run_command
 from foedus_protocols.accounting import Event
 from foedus_protocols.errors import FoedusError
+from support.waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
-
-_DEADLINE_SECONDS = 420.0
-
-
-def await_(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, with a deadline."""
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {_DEADLINE_SECONDS:.0f} s")
-        time.sleep(0.02)
 
 
 def finished(federation: LocalFederation, run: str) -> dict[str, Any]:
     """Wait for a run's end and return it."""
     home = Home(federation.coordinator_home)
-    await_(lambda: home.storage.run(run).state == "finished", f"run {run} to finish")
+    wait_for(lambda: home.storage.run(run).state == "finished", f"run {run} to finish")
     return views.run_detail(home, home.storage.run(run))
 
 
@@ -52,7 +40,7 @@ def test_a_killed_daemon_and_a_killed_coordinator_lose_nothing_and_spend_nothing
 
     # The victim dies in training: its checks are over, its vector is not there.
     log = federation.daemons[victim].log
-    await_(lambda: "privacy checks passed" in log.read_text(), "the victim to start training")
+    wait_for(lambda: "privacy checks passed" in log.read_text(), "the victim to start training")
     federation.daemons[victim].kill()
     assert reserved_rounds(federation, victim) == []
 
@@ -60,7 +48,7 @@ def test_a_killed_daemon_and_a_killed_coordinator_lose_nothing_and_spend_nothing
     def acknowledged() -> dict[str, str]:
         return {one.org: one.digest for one in home.storage.vectors(run, 1) if one.verdict == "included"}
 
-    await_(lambda: set(acknowledged()) == {first, second}, "two vectors to be acknowledged")
+    wait_for(lambda: set(acknowledged()) == {first, second}, "two vectors to be acknowledged")
     assert home.storage.round(run, 1).state == "offered"
     federation.coordinator.kill()
     before = acknowledged()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,19 +12,9 @@ from foedus_coordinator.config import Home
 from foedus_local.federation import NAMESPACE
 from foedus_local.processes import run_command
 from foedus_protocols.store import FileStore
+from support.waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
-
-_DEADLINE_SECONDS = 420.0
-
-
-def await_(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, with a deadline."""
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {_DEADLINE_SECONDS:.0f} s")
-        time.sleep(0.02)
 
 
 def test_an_older_ledger_is_made_good_and_a_lost_one_waits_for_a_person(make_federation: Any) -> None:
@@ -47,15 +35,15 @@ def test_an_older_ledger_is_made_good_and_a_lost_one_waits_for_a_person(make_fed
         return {one.org for one in home.storage.vectors(run, number)}
 
     run = federation.start_run(plan.charter() | {"masks": {"min_survivors": 2}})
-    await_(lambda: victim in vectors(1), "the victim's first vector")
+    wait_for(lambda: victim in vectors(1), "the victim's first vector")
     copy = folder.parent / "copy.db"
     Ledger(folder / "ledger.db").backup(copy)  # Not by the command: rounds go on while a process starts.
-    await_(lambda: victim in vectors(2), "the victim's second vector")
+    wait_for(lambda: victim in vectors(2), "the victim's second vector")
     daemon.kill()
     lose()
     copy.rename(folder / "ledger.db")
     daemon.start()
-    await_(lambda: home.storage.run(run).state == "finished", "the run to finish")
+    wait_for(lambda: home.storage.run(run).state == "finished", "the run to finish")
 
     # Everything that the coordinator ever got is in the ledger, and the round that was open was given up.
     assert home.storage.run(run).outcome == "complete"
@@ -76,7 +64,7 @@ def test_an_older_ledger_is_made_good_and_a_lost_one_waits_for_a_person(make_fed
     daemon.stop()
     lose()
     daemon.start()
-    await_(lambda: daemon.exit_code is not None, "the daemon to refuse")
+    wait_for(lambda: daemon.exit_code is not None, "the daemon to refuse")
     assert daemon.exit_code == 12
     assert not (folder / "ledger.db").exists()
     with ClientState(folder / "client.db") as state:
@@ -89,5 +77,5 @@ def test_an_older_ledger_is_made_good_and_a_lost_one_waits_for_a_person(make_fed
     assert stated["epsilon_spent"] > 7.9
     seen = daemon.log.read_text().count("connected to")
     daemon.start()
-    await_(lambda: daemon.log.read_text().count("connected to") > seen, "the daemon to be connected")
+    wait_for(lambda: daemon.log.read_text().count("connected to") > seen, "the daemon to be connected")
     federation.check()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,19 +10,9 @@ from foedus_coordinator.config import Home
 from foedus_local.federation import NAMESPACE, LocalFederation
 from foedus_local.processes import run_command
 from foedus_protocols.errors import FoedusError
+from support.waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
-
-_DEADLINE_SECONDS = 240.0
-
-
-def await_(condition: Callable[[], bool], what: str) -> None:
-    """Wait for a condition, with a deadline."""
-    deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what}: not within {_DEADLINE_SECONDS:.0f} s")
-        time.sleep(0.05)
 
 
 def coordinator(federation: LocalFederation, *words: str) -> dict[str, Any]:
@@ -40,9 +28,9 @@ def test_a_run_is_paused_killed_resumed_and_stopped(make_federation: Any) -> Non
     def states() -> list[str]:
         return [one.state for one in storage.rounds(run)]
 
-    await_(lambda: len(states()) == 1, "the first round to open")
+    wait_for(lambda: len(states()) == 1, "the first round to open")
     assert coordinator(federation, "run", "pause", run)["changed"] is True
-    await_(lambda: states() == ["closed"], "the open round to finish")
+    wait_for(lambda: states() == ["closed"], "the open round to finish")
     shown = coordinator(federation, "run", "show", run)
     assert shown["doing"].startswith("paused before round 2")
     assert coordinator(federation, "health")["healthy"] is True
@@ -52,13 +40,13 @@ def test_a_run_is_paused_killed_resumed_and_stopped(make_federation: Any) -> Non
         coordinator(federation, "health")
     assert down.value.exit_code == 12
     federation.coordinator.start()
-    await_(lambda: federation.coordinator.log.read_text().count("listening") == 2, "the coordinator to come back")
+    wait_for(lambda: federation.coordinator.log.read_text().count("listening") == 2, "the coordinator to come back")
     assert states() == ["closed"]
     assert coordinator(federation, "run", "resume", run)["coordinator_running"] is True
-    await_(lambda: states()[:2] == ["closed", "closed"], "the second round to close")
+    wait_for(lambda: states()[:2] == ["closed", "closed"], "the second round to close")
 
     coordinator(federation, "run", "stop", run, "--reason", "the grant ended")
-    await_(lambda: storage.run(run).state == "finished", "the run to end")
+    wait_for(lambda: storage.run(run).state == "finished", "the run to end")
     shown = coordinator(federation, "run", "show", run)
     assert (shown["outcome"], shown["reason"]) == ("stopped", "the grant ended")
     closed = [one for one in shown["round_list"] if one["state"] == "closed"]

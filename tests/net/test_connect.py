@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,10 @@ from foedus_protocols.errors import ConnectError
 from foedus_protocols.link import LinkClient
 from foedus_protocols.store import CHUNK_BYTES, FileStore
 from support.connect import ConnectProxy
+from support.waiting import wait_for
 
 _ACCOUNT = "clinic:open-sesame"
 _PING_SECONDS = 10.0  # `channel._KEEPALIVE`
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
-        time.sleep(0.02)
 
 
 def test_calls_and_transfers_go_through_one_tunnel(served: Any, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from flwr.serverapp import strategy
 from foedus_protocols import codec, rotation, rules
 from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.layout import Vector, vector_digest, vector_from_bytes
-from foedus_protocols.rules import RoundSum, Rule, advance, initial_state, mean_of_sum, replay
+from foedus_protocols.rules import Rule, advance, initial_state, mean_of_sum
 from numpy.typing import NDArray
+from support.replayed import RoundSum, replay
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "rules.json").read_text(encoding="utf-8"))
 
