@@ -77,6 +77,7 @@ def confirm_members(
     """
     us = home.load().org
     found = {member.id: member.fingerprint for member in members}
+    compared = {org for org in found if everybody and org != us}
     for org, fingerprint in wanted.items():
         if org not in found:
             raise VerificationError(f"expected a member to confirm, {org!r} is none; see `foedus client peers`")
@@ -86,10 +87,9 @@ def confirm_members(
                 "do not sign with this member; ask both sides"
             )
         if fingerprint is not None or ask(org, found[org]):
-            policy.confirm_peer(home.policy, org, found[org])
-    if everybody:
-        for org in found.keys() - {us}:
-            policy.confirm_peer(home.policy, org, found[org])
+            compared.add(org)
+    if compared:
+        policy.confirm_peers(home.policy, {org: found[org] for org in sorted(compared)})
     confirmed = policy.load(home.policy).peers
     return [
         Peer(org=org, state=_state(org, us, confirmed, fingerprint), fingerprint=fingerprint)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -299,22 +299,27 @@ def add_coordinator(path: Path, operator_key: str) -> None:
     _edit(path, lambda document: _add_once(_array(document, "coordinators"), operator_key))
 
 
-def confirm_peer(path: Path, org: str, fingerprint: str) -> None:
-    """Write down that a person compared the fingerprint of an organisation's signing key.
+def confirm_peers(path: Path, fingerprints: Mapping[str, str]) -> None:
+    """Write down that a person compared the fingerprints of some organisations' signing keys; all of them or none.
+
+    Args:
+        path: The policy.
+        fingerprints: By organisation.
 
     Raises:
-        ConfigError: Another key was confirmed for this organisation before.
+        ConfigError: Another key was confirmed for one of them before.
     """
-    confirmed = parse_fingerprint(fingerprint)
+    confirmed = {org: parse_fingerprint(fingerprint) for org, fingerprint in fingerprints.items()}
 
     def change(document: tomlkit.TOMLDocument) -> None:
         peers = _table(document, "peers")
-        if peers.get(org, confirmed) != confirmed:
-            raise ConfigError(
-                f"expected the key of {org!r} that was confirmed before, got {human_fingerprint(confirmed)}: "
-                f"if it really has a new key, remove its line under [peers] in {path} first"
-            )
-        peers[org] = confirmed
+        for org, fingerprint in confirmed.items():
+            if peers.get(org, fingerprint) != fingerprint:
+                raise ConfigError(
+                    f"expected the key of {org!r} that was confirmed before, got {human_fingerprint(fingerprint)}: "
+                    f"if it really has a new key, remove its line under [peers] in {path} first"
+                )
+            peers[org] = fingerprint
 
     _edit(path, change)
 

@@ -25,7 +25,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Terms, plan_split
+from foedus_local.plan import Terms, plan_split, read_deal
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
 
@@ -70,9 +70,11 @@ def simulate(
         round_seconds=round_seconds,
     )  # fmt: skip
     model = base or shipped_base()
+    # What cannot be meant is found before an earlier simulation's folder is emptied.
+    deal = read_deal([*data, *(more or [])], orgs, unit, columns or [])
     default = Path("foedus-simulation" if terms.private else "foedus-simulation-NOT-PRIVATE")
     with demo_folder(folder or default) as place:
-        plan = plan_split([*data, *(more or [])], orgs, unit, columns or [], place / "data", model, terms)
+        plan = plan_split(deal, orgs, place / "data", model, terms)
         progress_console.print(
             f"[bold]A simulated federation[/bold]: {orgs} organisations, unit {plan.unit}; one process plays them all",
             highlight=False,

@@ -12,7 +12,7 @@ from typing import Any
 
 from foedus_client.datasets.formats import Chat, RowError, parse_row
 from foedus_client.datasets.load import load_dataset
-from foedus_client.datasets.readers import Row, read_rows, stem
+from foedus_client.datasets.readers import Rejected, Row, read_rows, stem
 from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field, unit_key
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE
@@ -146,25 +146,29 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
     return Plan(domain=_org_id(folder.resolve().name), organisations=organisations, unit=unit, terms=terms)
 
 
-def plan_split(
-    files: Sequence[Path],
-    orgs: int,
-    units: Sequence[str],
-    columns: Sequence[str],
-    folder: Path,
-    base: Path,
-    terms: Terms,
-) -> Plan:
-    """A federation of many organisations on a few files: whole units are dealt out, as the seed shuffles them.
+@dataclass(frozen=True, kw_only=True)
+class Deal:
+    """Data that was read and can be dealt out.
+
+    Attributes:
+        lines: By unit, its records as one line each.
+        unit: The privacy unit in words.
+        domain: What the card calls it.
+    """
+
+    lines: dict[str, list[str]]
+    unit: str
+    domain: str
+
+
+def read_deal(files: Sequence[Path], orgs: int, units: Sequence[str], columns: Sequence[str]) -> Deal:
+    """Read what a simulation deals out; nothing is written.
 
     Args:
         files: The data, all of one population.
         orgs: How many organisations.
         units: ``--unit`` options.
         columns: ``--columns`` options.
-        folder: Where each organisation's file is written.
-        base: The base model's folder.
-        terms: The charter's free terms.
 
     Raises:
         UsageError: Fewer than two organisations.
@@ -175,13 +179,34 @@ def plan_split(
     chosen, mapped = parse_units(units), parse_columns(columns)
     check_names(files, chosen, mapped)
     lines: dict[str, list[str]] = {}
+    unusable: list[str] = []
     for path in files:
         field = unit_field(chosen, path)
         for row in read_rows(path):
-            if isinstance(row, Row) and (found := _normalised(row, field, mapped.get(stem(path), {}))):
-                lines.setdefault(found[0], []).append(found[1])
+            try:
+                unit, line = _normalised(row, field, mapped.get(stem(path), {}))
+            except RowError as error:
+                unusable.append(f"{path.name} line {row.line}: {error}")
+            else:
+                lines.setdefault(unit, []).append(line)
     if len(lines) < 2 * orgs:
-        raise DataError(f"expected at least {2 * orgs} units for {orgs} organisations, got {len(lines)}")
+        why = f"; {len(unusable)} rows are unusable, the first is {unusable[0]}" if unusable else ""
+        raise DataError(f"expected at least {2 * orgs} units for {orgs} organisations, got {len(lines)}{why}")
+    unit = chosen if isinstance(chosen, str) else "/".join(sorted(set(chosen.values())))
+    return Deal(lines=lines, unit=unit, domain=_org_id(stem(files[0])))
+
+
+def plan_split(deal: Deal, orgs: int, folder: Path, base: Path, terms: Terms) -> Plan:
+    """A federation of many organisations on a few files: whole units are dealt out, as the seed shuffles them.
+
+    Args:
+        deal: What was read.
+        orgs: How many organisations.
+        folder: Where each organisation's file is written.
+        base: The base model's folder.
+        terms: The charter's free terms.
+    """
+    lines = deal.lines
     dealt = sorted(lines, key=lambda unit: hashlib.sha256(f"foedus/deal/{terms.seed}/{unit}".encode()).digest())
     folder.mkdir(parents=True, exist_ok=True)
     organisations = []
@@ -190,17 +215,18 @@ def plan_split(
         own = [line for unit in dealt[number::orgs] for line in lines[unit]]
         path.write_text("\n".join(own) + "\n", encoding="utf-8")
         organisations.append(_organisation(path, _SPLIT_UNIT, {}, base, terms))
-    unit = chosen if isinstance(chosen, str) else "/".join(sorted(set(chosen.values())))
-    domain = _org_id(stem(files[0]))
-    return Plan(domain=domain, organisations=tuple(organisations), unit=unit, terms=terms)
+    return Plan(domain=deal.domain, organisations=tuple(organisations), unit=deal.unit, terms=terms)
 
 
-def _normalised(row: Row, field: str, columns: dict[str, str]) -> tuple[str, str] | None:
-    """A row's unit, and the row as one line that every organisation's reader takes; None where it is not usable."""
-    try:
-        unit, record = unit_key(row.values, field), parse_row(row.values, columns)
-    except RowError:
-        return None
+def _normalised(row: Row | Rejected, field: str, columns: dict[str, str]) -> tuple[str, str]:
+    """A row's unit, and the row as one line that every organisation's reader takes.
+
+    Raises:
+        RowError: It is not usable.
+    """
+    if isinstance(row, Rejected):
+        raise RowError(row.reason)
+    unit, record = unit_key(row.values, field), parse_row(row.values, columns)
     values: dict[str, Any] = {_SPLIT_UNIT: unit}
     if isinstance(record, Chat):
         values["messages"] = [vars(message) for message in record.messages]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,7 @@ def _engine_of_flower() -> Callable[..., None]:
     Raises:
         MissingExtra: Without Ray, Flower would end the process.
     """
+    lock_ray()
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -112,15 +114,24 @@ def _engine_of_flower() -> Callable[..., None]:
     return run_simulation
 
 
+def lock_ray() -> None:
+    """Make Ray ask every caller for a token that only this process and its children know.
+
+    Ray listens on every interface, whatever address it is given, and by itself serves whoever connects. It reads these
+    variables when it is imported, so that this comes first.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def _backend(actors: int) -> dict[str, Any]:
     return {
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        # A local cluster of this process alone: no dashboard, nothing on an outside address.
+        # A cluster of this process alone, without a dashboard.
         "init_args": {
             "num_cpus": actors,
             "include_dashboard": False,
             "log_to_driver": False,
-            "_node_ip_address": "127.0.0.1",
         },
     }
 
@@ -289,12 +300,12 @@ class DirectLink:
         return receipt
 
     def pull(self, digest: str, store: FileStore, *, max_bytes: int) -> Path:
-        """Fetch a file."""
+        """Fetch a file: a second name of the coordinator's own, since hundreds of copies would take minutes."""
         if not store.has(digest):
             path = self._desk.path_of(self._org, digest)
             if path.stat().st_size > max_bytes:
                 raise VerificationError(f"expected a file of at most {max_bytes} bytes, {digest} is longer")
-            store.put(path)
+            store.take_link(path, digest)
         return store.path(digest)
 
     def reload(self) -> None:

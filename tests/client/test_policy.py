@@ -117,7 +117,7 @@ def test_registering_keeps_every_comment_and_adds_what_checks_need(path: Path) -
     policy.add_coordinator(path, KEY)
     policy.add_base(path, BaseEntry(digest="b" * 64, path="/old"))
     policy.add_base(path, BaseEntry(digest="b" * 64, path="/srv/tiny"))
-    policy.confirm_peer(path, "birch", human_fingerprint("c" * 64).upper())
+    policy.confirm_peers(path, {"birch": human_fingerprint("c" * 64).upper()})
     policy.add_dataset(path, letters(), PATIENTS)
     policy.add_dataset(path, letters(name="notes", purposes=["teaching"], units={"a": "pid", "b": "record"}), PATIENTS)
 
@@ -156,14 +156,14 @@ def test_a_namespace_is_declared_once(path: Path) -> None:
 
 
 def test_a_confirmed_key_is_not_replaced_silently(path: Path) -> None:
-    policy.confirm_peer(path, "birch", "c" * 64)
-    policy.confirm_peer(path, "birch", "c" * 64)
+    policy.confirm_peers(path, {"birch": "c" * 64})
+    policy.confirm_peers(path, {"birch": "c" * 64})
     with pytest.raises(ConfigError, match="confirmed before"):
-        policy.confirm_peer(path, "birch", "d" * 64)
+        policy.confirm_peers(path, {"birch": "d" * 64})
     with pytest.raises(ConfigError, match="fingerprint"):
-        policy.confirm_peer(path, "cedar", "not a fingerprint")
+        policy.confirm_peers(path, {"cedar": "not a fingerprint"})
     with pytest.raises(ConfigError, match="peers"):
-        policy.confirm_peer(path, "Not An Id", "d" * 64)
+        policy.confirm_peers(path, {"Not An Id": "d" * 64})
     assert policy.load(path).peers == {"birch": "c" * 64}
 
 
@@ -173,7 +173,7 @@ def test_registering_works_on_a_hand_written_policy(path: Path, start: str) -> N
     before = policy.load(path)
     policy.add_coordinator(path, KEY)
     policy.add_base(path, BaseEntry(digest="b" * 64, path="/srv/tiny"))
-    policy.confirm_peer(path, "birch", "c" * 64)
+    policy.confirm_peers(path, {"birch": "c" * 64})
     policy.add_dataset(path, letters(), PATIENTS)
     found = policy.load(path)
     assert (found.bounds, found.minimum_members) == (before.bounds, before.minimum_members)
@@ -207,7 +207,7 @@ from pathlib import Path
 from foedus_client import policy
 path, name = Path(sys.argv[1]), sys.argv[2]
 for number in range(15):
-    policy.confirm_peer(path, f"{name}-{number}", "%064x" % number)
+    policy.confirm_peers(path, {f"{name}-{number}": "%064x" % number})
 """
 
 

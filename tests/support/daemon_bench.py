@@ -189,7 +189,7 @@ class Bench:
         policy.write_template(rules)
         policy.add_coordinator(rules, public_hex(self.coordinator.key))
         policy.add_base(rules, BaseEntry(digest=read_manifest(BASE).digest, path=str(BASE)))
-        policy.confirm_peer(rules, OTHER, key_fingerprint(public_hex(self.other)))
+        policy.confirm_peers(rules, {OTHER: key_fingerprint(public_hex(self.other))})
         entry = DatasetEntry(name="d", purposes=["research"], namespace="patients", files=["/d.jsonl"], units="topic")
         policy.add_dataset(rules, entry, Namespace(unit="topic", units_at_most=128, epsilon_cap=8.0, delta=1e-5))
         self.set_policy(minimum_members="1", auto_sign="true", allow_unprotected="true")

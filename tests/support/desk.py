@@ -41,7 +41,7 @@ class Desk:
         policy.add_coordinator(self.home.policy, league.operator_key)
         policy.add_base(self.home.policy, BaseEntry(digest=league.base, path=str(TINY)))
         for org in ("birch", "cedar"):
-            policy.confirm_peer(self.home.policy, org, key_fingerprint(league.public(org)))
+            policy.confirm_peers(self.home.policy, {org: key_fingerprint(league.public(org))})
         entry = DatasetEntry(name="d", purposes=["research"], namespace="people", files=[str(file)], units="patient")
         terms = Namespace(unit="patient", units_at_most=64, epsilon_cap=8.0, delta=1e-5)
         policy.add_dataset(self.home.policy, entry, terms)
