@@ -15,6 +15,7 @@ from foedus_protocols.charter_checks import check_charter
 from foedus_protocols.console import Format, FormatOption, emit, printable
 from foedus_protocols.errors import StateError
 from foedus_protocols.identity import load_signing_key
+from foedus_protocols.manifest import read_config
 from foedus_protocols.store import FileStore
 from rich.console import Console
 from rich.table import Table
@@ -95,17 +96,26 @@ def _check(place: Home, state: ClientState, record: CharterRecord) -> None:
     store = FileStore(place.files)
     us = place.membership()
     # The daemon has fetched what an extension goes on from, and kept where it leads, before it asked a person.
-    sources = Sources(state=state, store=store, pull=lambda digest, _most: store.path(digest), work=place.work)
+    rules = policy.load(place.policy)
+    sources = Sources(
+        state=state,
+        store=store,
+        pull=lambda digest, _most: store.path(digest),
+        work=place.work,
+        base_config=lambda digest: read_config(rules.base_path(digest)),
+    )
+    ledger = open_ledger(place.ledger, state)
     view = org_view(
         us,
-        policy=policy.load(place.policy),
-        ledger=open_ledger(place.ledger, state),
+        policy=rules,
+        ledger=ledger,
         rosters=remembered(state, sources.pull),
         signing_key=load_signing_key(place.signing_key),
         stage="sign",
+        run=record.run,
         now=time.time(),
     )
-    view = replace(view, earlier=lambda charter: replay.earlier(charter, us.org, sources))
+    view = replace(view, earlier=lambda charter: replay.earlier(charter, us.org, sources, ledger))
     data = store.path(record.digest).read_bytes()
     check_charter(data, record.digest, record.operator_signature, view, stage="sign")
 

@@ -9,7 +9,6 @@ be answered is put aside while others go on. Nothing listens here.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from foedus_protocols.backoff import Backoff
 from foedus_protocols.channel import split_address
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
@@ -25,6 +25,7 @@ from foedus_protocols.files import DiskTrouble, disk_trouble
 from foedus_protocols.identity import COORDINATOR, load_signing_key
 from foedus_protocols.link_client import LinkClient
 from foedus_protocols.logs import frames_of
+from foedus_protocols.manifest import read_config
 from foedus_protocols.proxy import choose
 from foedus_protocols.store import FileStore
 
@@ -58,7 +59,6 @@ _TROUBLE_PAUSE = 60.0
 _REPEAT_SECONDS = 300.0
 _STALE_PART_SECONDS = 7 * 86_400.0
 _IDLE = "waiting for messages"
-_random = secrets.SystemRandom()
 
 
 class Stopped(Exception):
@@ -153,14 +153,14 @@ class Daemon:
             ConfigError: The first time that it dials: address, proxy or key files are not usable.
         """
         self._heart.started()
-        pause, dialled = _FIRST_PAUSE, False
+        backoff, dialled = Backoff(_FIRST_PAUSE, _TROUBLE_PAUSE), False
         while not self._stop.is_set():
             longest = _TROUBLE_PAUSE
             try:
                 with self._open(dial()) as link:
                     dialled = True
                     self.greet(link)
-                    pause = _FIRST_PAUSE
+                    backoff.reset()
                     self._answer_all(link)
             except Stopped:
                 break
@@ -173,13 +173,12 @@ class Daemon:
                 self._say(logging.ERROR, str(error))
             except FoedusError as error:  # What the other side says, and a full disk, are no reason to end here.
                 self._say(logging.ERROR, str(error))
-                pause = max(pause, _LONGEST_PAUSE)
+                backoff.at_least(_LONGEST_PAUSE)
             except Exception as error:  # Nor is a defect: the process is what keeps the organisation's state.
                 self._say(logging.ERROR, f"unexpected: {frames_of(error)}")
-                pause = max(pause, _LONGEST_PAUSE)
+                backoff.at_least(_LONGEST_PAUSE)
             self._heart.disconnected()
-            self._stop.wait(pause * _random.uniform(0.5, 1.5))
-            pause = min(pause * 2, longest)
+            self._stop.wait(backoff.pause(longest))
         self._heart.disconnected()
 
     @contextmanager
@@ -346,6 +345,7 @@ class Daemon:
             worker=self._worker,
             work=self._home.work,
             tick=lambda: self._tick(link),
+            base_config=lambda digest: read_config(policy.load(self._home.policy).base_path(digest)),
             clock=self._clock,
             doing=self._heart.doing,
         )

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from foedus_protocols import accounting, codec, rules
-from foedus_protocols.charter import charter_events, delta_for_accountant
+from foedus_protocols import codec, rules
 from foedus_protocols.errors import RoundFailed
+from foedus_protocols.manifest import read_config
 from foedus_protocols.packing import pack
 
 from foedus_client.scratch import scratch
 from foedus_client.seat import Seat
-from foedus_client.work import CheckTask, EvaluateTask, TrainTask
+from foedus_client.work import EvaluateTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
 
 # Orders, answers and the history of one round, rounded up: an envelope has some 3 KiB, a history grows by 0.5 KiB each.
@@ -39,7 +39,7 @@ class Seconds:
 
     Attributes:
         load: Base, adapter and data into the worker, once.
-        checks: Sensitivity and noise checks, once; 0 in mode `none`.
+        checks: Gradient checks, once, and in private modes those of sensitivity and noise.
         train: One vector.
         code: Its coding into words.
         advance: One sum decoded and the rule applied.
@@ -119,19 +119,13 @@ def estimate(seat: Seat, folder: Path, *, mbit: float | None, say: Callable[[str
 
 def _measure(seat: Seat, place: Path, worker: WorkerProcess, say: Callable[[str], None]) -> Seconds:
     charter, adapter = seat.charter, place / "adapter.f32"
-    np.zeros(charter.adapter.length, "<f4").tofile(adapter)
+    charter.adapter.start(lambda: read_config(Path(seat.setup.base))).astype("<f4", copy=False).tofile(adapter)
     score = EvaluateTask(adapter=str(adapter), max_records=charter.evaluation.max_records)
     say("loading the base and the data into a worker of its own")
     # A score of nothing loads all that a task needs.
     load, _ = _timed(lambda: worker.evaluate(seat.setup, score.model_copy(update={"max_records": 0}), _idle))
-    checks = 0.0
-    if charter.private:
-        say("sensitivity and noise checks")
-        events, delta = charter_events(charter, seat.me), delta_for_accountant(charter, seat.me)
-        steps = sum(event.steps for event in events)
-        epsilon = accounting.epsilon(events, delta)
-        task = CheckTask(terms=seat.terms, steps=steps, delta=delta, epsilon=epsilon)
-        checks, _ = _timed(lambda: worker.check(seat.setup, task, _idle))
+    say("checks of the mechanism on synthetic records")
+    checks, _ = _timed(lambda: worker.check(seat.setup, seat.check_task(), _idle))
     say("one dry step: nothing of it is sent or kept")
     output = place / "vector.f32"
     step = TrainTask(terms=seat.terms, org=seat.org, round=1, adapter=str(adapter), output=str(output))

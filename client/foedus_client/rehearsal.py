@@ -110,7 +110,7 @@ def rehearse(
 def _play(charter: Charter, session: Session, terms: StepTermsTask, *, rate: float, place: Path) -> Rehearsed:
     """All rounds with one organisation: train, advance, and the loss at both ends."""
     rule = replace(charter.rule(), rate=rate)
-    adapter = np.zeros(charter.adapter.length, np.float32)  # (d,)
+    adapter = session.initial_vector()  # (d,)
     state = rules.initial_state(rule, adapter.size)
     before = _loss(session, charter, adapter, place)
     output = place / "vector.f32"

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from foedus_protocols import accounting, codec
+from foedus_protocols import codec
 from foedus_protocols.canonical import canonical_bytes
-from foedus_protocols.charter import charter_events, delta_for_accountant, round_event
+from foedus_protocols.charter import round_event
 from foedus_protocols.errors import BudgetExhausted, PolicyRefused, RoundFailed, StateError
 from foedus_protocols.files import disk_errors
 from foedus_protocols.messages import (
@@ -145,7 +145,7 @@ def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Per
     organisation refused, or whose data it no longer has, is closed alike.
     """
     charter = notice.charter_digest
-    ports.ledger.release_allotment(charter)
+    ports.ledger.release_allotment(charter, why=notice.outcome)
     agreement, history = ports.state.charter(charter).agreement, ports.state.fact(_history_fact(charter))
     for digest in (agreement, history):
         if digest is not None:
@@ -178,26 +178,21 @@ def check(agreement_digest: str, seat: Seat, ports: Ports, *, spends: bool) -> N
 
 
 def check_mechanism(seat: Seat, ports: Ports) -> None:
-    """Before the first private step of a run: sensitivity, noise and coverage on synthetic records of the run's shapes.
+    """Before the first step of a run: coverage and gradients of every matrix; where private, sensitivity and noise.
+
+    All on synthetic records of the run's shapes, so that a stop says nothing of the data.
 
     Raises:
         PrivacyCheckFailed: One of them failed; nothing was released.
     """
-    if not seat.charter.private or ports.state.charter(seat.digest).checked:
+    if ports.state.charter(seat.digest).checked:
         return
-    events = charter_events(seat.charter, seat.me)
-    delta = delta_for_accountant(seat.charter, seat.me)
-    task = CheckTask(
-        terms=seat.terms,
-        steps=sum(event.steps for event in events),
-        delta=delta,
-        epsilon=accounting.epsilon(events, delta),
-    )
-    ports.doing(f"run {seat.run}: checking sensitivity and noise before the first private step")
-    reply = ports.worker.check(seat.setup, task, ports.tick)
+    ports.doing(f"run {seat.run}: checking the mechanism before the first step")
+    reply = ports.worker.check(seat.setup, seat.check_task(), ports.tick)
     ports.state.mark_checked(seat.digest)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in sorted(reply.figures.items()))
-    _LOG.info("privacy checks passed: %s", figures or "no figures")
+    kind = "privacy" if seat.charter.private else "gradient"
+    _LOG.info("%s checks passed: %s", kind, figures or "no figures")
 
 
 def score(position: Position, seat: Seat, ports: Ports, *, last: bool) -> Scores | None:

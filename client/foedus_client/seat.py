@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from foedus_protocols.charter import Charter, Participant
+from foedus_protocols import accounting
+from foedus_protocols.charter import Charter, Participant, charter_events, delta_for_accountant
 from foedus_protocols.codec import Coding
+from foedus_protocols.errors import VerificationError
 from foedus_protocols.messages import Agreement
 from foedus_protocols.rules import Rule
 from foedus_protocols.store import FileStore
@@ -19,7 +22,7 @@ from foedus_client.gate import Gate
 from foedus_client.ledger import Ledger
 from foedus_client.policy import Policy
 from foedus_client.state import ClientState
-from foedus_client.work import Setup, StepTermsTask, Tick, WorkerPort
+from foedus_client.work import CheckTask, Setup, StepTermsTask, Tick, WorkerPort
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,18 @@ class Seat(Course):
             seed=self.charter.seed,
         )
 
+    def check_task(self) -> CheckTask:
+        """What the worker checks before round 1: in a private mode against the promise of the charter's events."""
+        if not self.charter.private:
+            return CheckTask(terms=self.terms)
+        events, delta = charter_events(self.charter, self.me), delta_for_accountant(self.charter, self.me)
+        return CheckTask(
+            terms=self.terms,
+            steps=sum(event.steps for event in events),
+            delta=delta,
+            epsilon=accounting.epsilon(events, delta),
+        )
+
     def scores_allowed(self, after: int, *, last: bool) -> bool:
         """Whether scores of the adapter after so many closed rounds may leave: every so many, and the last one's."""
         term = self.charter.evaluation
@@ -114,6 +129,9 @@ def take_seat(
     setup = Setup(
         base=str(rules.base_path(charter.base)),
         base_digest=charter.base,
+        targets=charter.adapter.targets,
+        layers=None if charter.adapter.layers is None else list(charter.adapter.layers),
+        train=charter.adapter.trains,
         rank=charter.adapter.rank,
         alpha=charter.adapter.alpha,
         adapter_seed=charter.adapter.seed,
@@ -145,6 +163,10 @@ def _say_nothing(what: str) -> None:
     return None
 
 
+def _no_base(base: str) -> Mapping[str, Any]:
+    raise VerificationError(f"expected the config.json of base {base[:12]} to start an adapter from, have none here")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """What a replay reaches for. Nothing leaves through it.
@@ -154,6 +176,7 @@ class Sources:
             argument is the longest that it may be, in bytes: a coordinator must not fill our disk or memory.
         work: Folder shared with the worker; nothing in it outlives a run.
         tick: Called between two steps of long work; it may end it by an exception.
+        base_config: The ``config.json`` of a base by its digest: an A that trains starts from the layout on it.
     """
 
     state: ClientState
@@ -161,6 +184,7 @@ class Sources:
     pull: Callable[[str, int], Path]
     work: Path
     tick: Tick = _no_tick
+    base_config: Callable[[str], Mapping[str, Any]] = _no_base
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
 from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
-from foedus_protocols.layout import attention_layout
+from foedus_protocols.layout import Vector, adapter_layout, initial_vector
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
 from foedus_protocols.messages import Scores
 
@@ -59,7 +59,9 @@ class Session:
             DataError: A file cannot be read.
         """
         base = Path(setup.base)
-        layout = attention_layout(read_config(base), rank=setup.rank)
+        layout = adapter_layout(
+            read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
+        )
         if layout.digest != setup.layout_digest:
             raise CheckpointError(
                 f"expected the adapter layout {setup.layout_digest[:12]}, this base gives {layout.digest[:12]}"
@@ -86,15 +88,21 @@ class Session:
         )
 
     def check(self, task: CheckTask) -> CheckReply:
-        """Sensitivity, noise, coverage, and a second accountant, on synthetic records of the run's shapes.
+        """Coverage and gradients; in private modes also sensitivity, noise and a second accountant.
+
+        All of it on synthetic records of the run's shapes, with the adapter that every run starts from.
 
         Raises:
             PrivacyCheckFailed: One of them failed.
         """
         terms = self._terms(task.terms)
         noise = self._table(terms)
+        self._adapter.load_vector(self.initial_vector())
+        checks.reach_check(self._adapter, max_tokens=self._setup.max_tokens)
         if noise is None:
-            raise PrivacyCheckFailed("expected terms with noise to check, got none; mode none promises nothing")
+            return CheckReply(figures={})
+        if task.delta is None or task.epsilon is None:
+            raise PrivacyCheckFailed("expected delta and epsilon to check a private run against, got none")
         figures = checks.preflight(self._adapter, terms=terms, noise=noise, max_tokens=self._setup.max_tokens)
         figures["epsilon_of_second_accountant"] = checks.cross_check(
             noise_multiplier=terms.noise_multiplier,
@@ -137,15 +145,19 @@ class Session:
         return EvaluateReply(scores=Scores(loss_sum=loss_sum, tokens=tokens, units=units) if units else None)
 
     def unit_norms(self, count: int) -> list[float]:
-        """L2 norms of the first units' gradients at B = 0, before clipping.
+        """L2 norms of the first units' gradients at the run's start, before clipping.
 
         They are statistics of the data, for public data only. Each unit's first `max_records_per_unit` records stand
         for it.
         """
-        self._adapter.load_vector(np.zeros(training.vector_length(self._adapter), np.float32))
+        self._adapter.load_vector(self.initial_vector())
         most = self._setup.max_records_per_unit
         chosen = [unit.records[:most] for unit in self._data.train[:count]]
         return [float(np.linalg.norm(training.unit_gradient(self._adapter, records))) for records in chosen]
+
+    def initial_vector(self) -> Vector:
+        """The trained matrices before round 1 of a run that extends nothing.  # (d,)"""
+        return initial_vector(self._adapter.layout, self._setup.adapter_seed)
 
     def _load_adapter(self, path: str) -> None:
         vector = np.fromfile(path, dtype="<f4").astype(np.float32)

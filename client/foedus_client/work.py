@@ -48,6 +48,7 @@ class Setup(Task):
 
     Attributes:
         base: Folder of the base model, checked against `base_digest` when it is loaded.
+        targets: Of the adapter, with `layers` and `train` as `layout.adapter_layout` takes them.
         split_key: Hexadecimal key that decides which units are held out; it belongs to the namespace.
         units: The unit's field, one for all files or one for each file's name; ``record`` for single records.
         columns: By file name, which column is the question, the context, the answer.
@@ -55,6 +56,9 @@ class Setup(Task):
 
     base: str
     base_digest: str
+    targets: str = "attention"
+    layers: list[int] | None = None
+    train: str = "b"
     rank: int
     alpha: float
     adapter_seed: str
@@ -79,12 +83,15 @@ class StepTermsTask(Task):
 
 
 class CheckTask(Task):
-    """Run the sensitivity, noise and coverage checks, and compare the accountants."""
+    """Run the sensitivity, noise and coverage checks, and compare the accountants.
+
+    In mode `none` only coverage and gradients are checked, and the fields of the promise are absent.
+    """
 
     terms: StepTermsTask
-    steps: int
-    delta: float
-    epsilon: float
+    steps: int = 0
+    delta: float | None = None
+    epsilon: float | None = None
 
 
 class TrainTask(Task):

@@ -7,6 +7,7 @@ finds that run's charter, history and sums among the same files.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
@@ -31,17 +32,30 @@ class Chain:
         digest: Of the adapter's file: raw little-endian float32.
     """
 
-    def __init__(self, charter: Charter, *, run: str, files: FileStore) -> None:
+    def __init__(self, charter: Charter, *, run: str, files: FileStore, base_config: bytes) -> None:
+        """Stand before round 1, or where the run that is extended ended.
+
+        Args:
+            charter: The run's terms.
+            run: Its id, part of the coding keys.
+            files: Has the sums, and the charters and histories of the ended runs.
+            base_config: The base's ``config.json``; an A that trains starts from the layout that it gives.
+
+        Raises:
+            StateError: The charter starts from another adapter.
+        """
         self._charter = charter
         self._run = run
         self._files = files
         self.closed = 0
-        self.adapter: npt.NDArray[np.float32] = np.zeros(charter.adapter.length, dtype=np.float32)  # (d,)
-        self._state = rules.initial_state(charter.rule(), charter.adapter.length)
+        self.adapter: npt.NDArray[np.float32]  # (d,)
         if charter.extends is not None:
-            ended = Chain(_ended(charter, files), run=charter.extends.run, files=files)
+            ended = Chain(_ended(charter, files), run=charter.extends.run, files=files, base_config=base_config)
             ended.follow(History.decode(files.read(charter.extends.history, max_bytes=MAX_HISTORY_BYTES)).rounds)
             self.adapter, self._state = ended.adapter, ended._state
+        else:
+            self.adapter = charter.adapter.start(lambda: json.loads(base_config))
+            self._state = rules.initial_state(charter.rule(), charter.adapter.length)
         self.digest = _digest(self.adapter)
         if self.digest != charter.adapter.initial_digest:
             raise StateError(

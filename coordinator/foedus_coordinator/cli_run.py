@@ -73,7 +73,7 @@ def start(
         run,
         charter_digest=drawn.digest,
         operator_signature=sign_charter(opened.operator_key, drawn.digest),
-        base_config=(base / "config.json").read_bytes(),
+        base_config=json.dumps(config).encode(),
         orgs=[participant.id for participant in drawn.participants],
         files=[drawn.digest],
     )

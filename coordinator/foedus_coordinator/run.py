@@ -170,7 +170,8 @@ class Run:
         Raises:
             StateError: The files on disk give another adapter than the one that was announced.
         """
-        chain = Chain(self.charter, run=self.id, files=self.files)
+        base_config = self.storage.run(self.id).base_config
+        chain = Chain(self.charter, run=self.id, files=self.files, base_config=base_config)
         chain.follow(closed_rounds(self.storage.rounds(self.id))[:closed])
         return chain
 

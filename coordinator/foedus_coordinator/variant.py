@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from foedus_protocols import layout
 from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.charter import Charter
 from foedus_protocols.charter_extension import cost
@@ -24,6 +23,7 @@ from foedus_protocols.errors import VerificationError
 from foedus_protocols.files import DiskTrouble, disk_errors, sync_folder
 from foedus_protocols.identity import public_hex, sign
 from foedus_protocols.manifest import MANIFEST_FILE
+from foedus_protocols.peft_folder import write_peft
 from safetensors import SafetensorError
 
 from foedus_coordinator import figures
@@ -68,6 +68,14 @@ def build_manifest(run: Run, chain: Chain) -> dict[str, Any]:
         "base": charter.base,
         "base_name": charter.base_name,
         "adapter": chain.digest,
+        "adapter_terms": {
+            "targets": charter.adapter.targets,
+            "layers": None if charter.adapter.layers is None else list(charter.adapter.layers),
+            "train": charter.adapter.trains,
+            "rank": charter.adapter.rank,
+            "alpha": charter.adapter.alpha,
+            "parameters": charter.adapter.length,
+        },
         "private": charter.private,
         "masks": charter.masks.enabled,
         "outcome": row.outcome,
@@ -102,7 +110,7 @@ def write_variant(run: Run, chain: Chain, *, folder: Path, key: Ed25519PrivateKe
         DiskTrouble: The disk is full, read-only or broken.
     """
     charter = run.charter
-    shape = layout.attention_layout(json.loads(run.storage.run(run.id).base_config), rank=charter.adapter.rank)
+    shape = charter.adapter.layout(json.loads(run.storage.run(run.id).base_config))
     if shape.digest != charter.adapter.layout_digest:
         raise VerificationError(
             f"expected the layout {charter.adapter.layout_digest[:16]} that the charter names, got {shape.digest[:16]} "
@@ -116,7 +124,7 @@ def write_variant(run: Run, chain: Chain, *, folder: Path, key: Ed25519PrivateKe
     with disk_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
         try:
-            layout.write_peft(
+            write_peft(
                 part,
                 layout=shape,
                 vector=chain.adapter,
@@ -152,7 +160,7 @@ def card(manifest: dict[str, Any]) -> str:
     lines = [
         f"# {title}",
         "",
-        f"A LoRA adapter (attention, PEFT format) on `{manifest['base_name']}`, trained by "
+        f"A LoRA adapter ({_targets(manifest['adapter_terms'])}, PEFT format) on `{manifest['base_name']}`, trained by "
         f"{len(manifest['participants'])} organisations of the federation `{manifest['federation']}` "
         f"for: {manifest['purpose']} ({manifest['domain']}).",
         "",
@@ -188,6 +196,19 @@ def card(manifest: dict[str, Any]) -> str:
         *_measured(evaluation),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _targets(terms: dict[str, Any]) -> str:
+    """The adapted matrices in words."""
+    what = {
+        "attention": "attention",
+        "experts-shared": "one pair shared by a layer's experts",
+        "experts": "a pair for every expert",
+    }[terms["targets"]]
+    layers = terms["layers"]
+    where = "" if layers is None else f" in layer{'s'[: len(layers) > 1]} {', '.join(map(str, layers))}"
+    both = ", both factors trained" if terms["train"] == "both" else ""
+    return f"{what}{where}, rank {terms['rank']}, {terms['parameters']:,} trained parameters{both}"
 
 
 def _promise(manifest: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A layer of routed experts over packed MXFP4 weights: the torch reference, forward and gradient of the activations.
+"""A layer of routed experts over frozen weights in any codec: the torch reference, forward and backward (K1, K2).
 
 Rows are sorted by expert, each hit expert multiplies its own segment, and the results are gathered back in top-k order.
 gpt-oss's expert (transformers `GptOssExperts`)::
@@ -7,50 +7,43 @@ gpt-oss's expert (transformers `GptOssExperts`)::
     y        = ((up clamped to +-limit) + 1) * gate * sigmoid(alpha * gate)   with gate clamped above at limit
     out      = sum over the token's experts of  expert_weight * (y W_down + b_down)
 
-The weights are frozen: the backward yields gradients for the activations and the expert weights of the router, none
-for the matrices, and decodes the matrices again instead of keeping them. All experts that a call hits are decoded at
-once where they fit `DECODE_BYTES`. On a CPU this costs about what the same layer over dense weights does from 256
-tokens (`docs/benchmarks.md`). Counting the rows of each expert brings one list to the host, which stalls a GPU; the
-fused Triton kernel is the heavier alternative.
+The weights are frozen: the backward yields gradients for the activations, the router's expert weights and the low-rank
+pairs (`expert_lora.py`), none for the matrices, and decodes the matrices again instead of keeping them. Only the first
+projection's output is kept; everything else is computed again from it. A router weight's gradient needs no output
+either: ``<grad, y W_down + b> = <grad W_down, y> + <grad, b>``, whose first product the backward makes anyway.
+
+Forward and backward are operators of `torch.library`, so that tracers see their shapes without running them. Fused
+Triton kernels, which never write a decoded matrix, are the heavier alternative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from foedus_kernels import mxfp4
-
-# Decoded weights alive at once. All 16 experts of the tiny shape take 2 MiB of it; one gate_up of gpt-oss 66 MiB.
-DECODE_BYTES = 256 << 20
-
-
-Order = Literal["stored", "library", "adjoint"]
+from foedus_kernels import weights
+from foedus_kernels.expert_lora import ExpertLora, Pair, Segments
+from foedus_kernels.grouped import Order, Routing, add_bias_, product
+from foedus_kernels.weights import ExpertWeights
 
 
 class PackedExperts(NamedTuple):
-    """The frozen matrices of a layer's experts, in the released layout.
+    """The frozen matrices of a layer's experts, each stack in its codec.
 
     Attributes:
-        gate_up_blocks: uint8 [E, 2N, K/32, 16], gate in even and up in odd rows.
-        gate_up_scales: uint8 [E, 2N, K/32].
+        gate_up: [E, 2N, K], gate in even and up in odd rows.
         gate_up_bias: [E, 2N] in the type of the activations.
-        down_blocks: uint8 [E, K, N/32, 16].
-        down_scales: uint8 [E, K, N/32].
+        down: [E, K, N].
         down_bias: [E, K] in the type of the activations.
     """
 
-    gate_up_blocks: torch.Tensor
-    gate_up_scales: torch.Tensor
+    gate_up: ExpertWeights
     gate_up_bias: torch.Tensor
-    down_blocks: torch.Tensor
-    down_scales: torch.Tensor
+    down: ExpertWeights
     down_bias: torch.Tensor
 
 
@@ -68,145 +61,248 @@ def experts_torch(
     expert_weights: torch.Tensor,
     packed: PackedExperts,
     gate: Gate,
+    lora: ExpertLora | None = None,
+    *,
+    row_multiple: int = 1,
 ) -> torch.Tensor:
     """Apply each token's experts and sum their outputs by weight.
 
     Args:
-        hidden: [T, K], float32 or bfloat16.
+        hidden: [T, K], float32 or bfloat16; float64 for gradient checks.
         expert_ids: int64 [T, experts_per_token], each in [0, E).
         expert_weights: [T, experts_per_token].
         packed: The layer's matrices.
         gate: The activation's constants.
+        lora: Low-rank pairs, or None. They are computed with in the type of `hidden`.
+        row_multiple: Each expert's rows are padded with zeros to a multiple of this. With 16 a CPU's products do not
+            depend on how many rows an expert has (`docs/model.md`); 1 pads nothing.
 
     Returns:
-        [T, K]. Differentiable once in `hidden` and `expert_weights`. On a CPU, where no gradient is asked for, the bits
-        are those of transformers' ``grouped_mm`` path over the decoded matrices.
+        [T, K] in the type of `hidden`. Differentiable once in `hidden`, `expert_weights` and the matrices of `lora`. On
+        a CPU, where no gradient is asked for, the bits are those of transformers' ``grouped_mm`` path over the decoded
+        matrices.
+
+    Raises:
+        ValueError: Shapes that do not fit.
     """
-    return _Experts.apply(hidden, expert_weights, expert_ids, packed, gate)
+    matrices = (None, None, None, None) if lora is None else lora.matrices()
+    _check(hidden, expert_ids, expert_weights, packed, matrices, None if lora is None else lora.units)
+    differentiable = (hidden, expert_weights, *matrices)
+    needs_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable)
+    out, _ = experts_forward(
+        *(hidden, expert_weights, expert_ids),
+        *(weights.codec_of(packed.gate_up), list(packed.gate_up.tensors()), packed.gate_up_bias),
+        *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
+        *matrices,
+        *(0.0 if lora is None else lora.scale, gate.alpha, gate.limit, row_multiple),
+        # Without a gradient to come, logits shall equal transformers' to the bit (`grouped.product`).
+        hidden.device.type == "cpu" and not needs_grad and row_multiple == 1,
+    )
+    return out
 
 
-class _Routing(NamedTuple):
-    """Rows sorted by expert: M = T * experts_per_token of them. A row is one (token, choice)."""
-
-    order: torch.Tensor  # (M,) the row that stands at each sorted place
-    places: torch.Tensor  # (M,) the sorted place of each row
-    tokens: torch.Tensor  # (M,) the token at each sorted place
-    rows: list[int]  # rows of each expert, (E,)
-
-    @classmethod
-    def of(cls, expert_ids: torch.Tensor, num_experts: int) -> _Routing:
-        flat = expert_ids.reshape(-1)
-        # The same unstable sort as transformers': a row's place within its expert can change its last bits on a CPU.
-        order = torch.argsort(flat)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        tokens = order.div(expert_ids.shape[1], rounding_mode="floor")
-        return cls(order, places, tokens, torch.bincount(flat, minlength=num_experts).tolist())
-
-
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        expert_weights: torch.Tensor,
-        expert_ids: torch.Tensor,
-        packed: PackedExperts,
-        gate: Gate,
-    ) -> torch.Tensor:
-        # Without a gradient to come, logits shall equal transformers' to the bit (see `_product`).
-        order: Order = "library" if hidden.device.type == "cpu" and not any(ctx.needs_input_grad) else "stored"
-        routing = _Routing.of(expert_ids, packed.down_bias.shape[0])
-        rows = hidden.index_select(0, routing.tokens)  # (M, K)
-        experts = expert_ids.reshape(-1).index_select(0, routing.order)  # (M,) the expert of each sorted row
-        gate_up = _product(rows, packed.gate_up_blocks, packed.gate_up_scales, routing.rows, order)  # (M, 2N)
-        gate_up += packed.gate_up_bias.index_select(0, experts)
-        inner = _activate(gate_up, gate)  # (M, N)
-        outputs = _product(inner, packed.down_blocks, packed.down_scales, routing.rows, order)  # (M, K)
-        outputs += packed.down_bias.index_select(0, experts)
-        outputs = outputs.index_select(0, routing.places).view(*expert_ids.shape, -1)  # (T, top-k, K)
-        ctx.routing, ctx.packed, ctx.gate = routing, packed, gate
-        ctx.save_for_backward(gate_up, outputs, expert_weights)
-        return (outputs * expert_weights.unsqueeze(-1)).sum(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate_up, outputs, expert_weights = ctx.saved_tensors
-        routing, packed, gate = ctx.routing, ctx.packed, ctx.gate
-        weights_grad = (outputs * grad.unsqueeze(1)).sum(-1) if ctx.needs_input_grad[1] else None  # (T, top-k)
-        if not ctx.needs_input_grad[0]:
-            return None, weights_grad, None, None, None
-        sorted_grad = grad.index_select(0, routing.tokens)  # (M, K)
-        sorted_grad *= expert_weights.reshape(-1).index_select(0, routing.order).unsqueeze(-1)
-        inner = _product(sorted_grad, packed.down_blocks, packed.down_scales, routing.rows, "adjoint")  # (M, N)
-        inner = _activate_backward(inner, gate_up, gate)  # (M, 2N)
-        rows_grad = _product(inner, packed.gate_up_blocks, packed.gate_up_scales, routing.rows, "adjoint")  # (M, K)
-        hidden_grad = rows_grad.index_select(0, routing.places).view(*expert_weights.shape, -1).sum(1)  # (T, K)
-        return hidden_grad, weights_grad, None, None, None
+@torch.library.custom_op("foedus::experts_forward", mutates_args=())
+def experts_forward(
+    hidden: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gate_up_codec: str,
+    gate_up: Sequence[torch.Tensor],
+    gate_up_bias: torch.Tensor,
+    down_codec: str,
+    down: Sequence[torch.Tensor],
+    down_bias: torch.Tensor,
+    gate_up_a: torch.Tensor | None,
+    gate_up_b: torch.Tensor | None,
+    down_a: torch.Tensor | None,
+    down_b: torch.Tensor | None,
+    scale: float,
+    alpha: float,
+    limit: float,
+    row_multiple: int,
+    library_order: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`experts_torch` as an operator: the output [T, K], and what the backward needs, gate and up of each row."""
+    order: Order = "library" if library_order else "stored"
+    routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple, stable=not library_order)
+    rows = routing.gather(hidden)  # (S, K)
+    found = product(rows, weights.codec(gate_up_codec, gate_up), routing.rows_of, order)  # (S, 2N)
+    if pair := Pair.of(gate_up_a, gate_up_b, scale, rows.dtype):
+        pair.add_(found, rows, routing.rows_of)
+    del rows
+    add_bias_(found, gate_up_bias, routing.rows_of)
+    inner = _activate(found, alpha, limit)  # (S, N)
+    outputs = product(inner, weights.codec(down_codec, down), routing.rows_of, order)  # (S, K)
+    if pair := Pair.of(down_a, down_b, scale, inner.dtype):
+        pair.add_(outputs, inner, routing.rows_of)
+    del inner
+    add_bias_(outputs, down_bias, routing.rows_of)
+    chosen = routing.by_token(outputs).view(*expert_ids.shape, -1)  # (T, top-k, K)
+    del outputs
+    return chosen.mul_(expert_weights.unsqueeze(-1).to(chosen.dtype)).sum(1), found
 
 
-def _product(
-    rows: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, rows_of: list[int], order: Order
-) -> torch.Tensor:
-    """Each expert's segment of sorted rows times its matrix: ``x W^T``, or ``y W`` for the adjoint.
+@experts_forward.register_fake
+def _(
+    hidden: torch.Tensor, expert_weights: torch.Tensor, expert_ids: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up_bias, row_multiple = rest[2], rest[13]
+    # How many places padding adds is known when the rows are counted.
+    places = expert_ids.numel() if row_multiple == 1 else torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(hidden), hidden.new_empty(places, gate_up_bias.shape[1])
 
-    A CPU's product of fewer than about 16 rows sums in an order that depends on how the matrix lies in memory.
-    ``library`` turns it round into transformers' order first, for about 2 ns an element; ``stored`` takes it as it
-    is.
+
+@torch.library.custom_op("foedus::experts_backward", mutates_args=())
+def experts_backward(
+    grad: torch.Tensor,
+    gate_up_rows: torch.Tensor,
+    hidden: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gate_up_codec: str,
+    gate_up: Sequence[torch.Tensor],
+    down_codec: str,
+    down: Sequence[torch.Tensor],
+    down_bias: torch.Tensor,
+    gate_up_a: torch.Tensor | None,
+    gate_up_b: torch.Tensor | None,
+    down_a: torch.Tensor | None,
+    down_b: torch.Tensor | None,
+    scale: float,
+    alpha: float,
+    limit: float,
+    row_multiple: int,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """The gradients of hidden, expert weights and the four low-rank matrices; an empty tensor where not needed."""
+    routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple)
+    found = [grad.new_empty(0) for _ in range(6)]
+    sorted_grad = routing.gather(grad)  # (S, K)
+    inner, slopes = _activation_and_slopes(gate_up_rows, alpha, limit)  # (S, N), (S, 2N)
+    adjoint = product(sorted_grad, weights.codec(down_codec, down), routing.rows_of, "adjoint")  # (S, N)
+    pair = Pair.of(down_a, down_b, scale, grad.dtype)
+    outer = pair.outer(sorted_grad, routing.rows_of) if pair else None  # (S, R)
+    if pair and outer is not None:
+        pair.add_adjoint_(adjoint, outer, routing.rows_of)
+    if needs[1]:
+        by_row = routing.by_token((adjoint * inner).sum(1)).view(expert_weights.shape)  # (T, top-k)
+        found[1] = by_row.add_((grad @ down_bias.to(grad.dtype).T).gather(1, expert_ids)).to(expert_weights.dtype)
+    row_weights = routing.scattered(expert_weights.to(grad.dtype)).unsqueeze(1)  # (S, 1)
+    adjoint.mul_(row_weights)
+    if pair and outer is not None and (needs[4] or needs[5]):
+        segments = Segments.of(routing, expert_ids, down_a, down_bias.shape[0])
+        outer.mul_(row_weights)
+        found[4:6] = segments.gradients(pair, sorted_grad.mul_(row_weights), outer, inner, needs[4:6])
+    del sorted_grad, inner
+    if not any((needs[0], needs[2], needs[3])):
+        return found
+    slopes.unflatten(1, (-1, 2)).mul_(adjoint.unsqueeze(2))  # (S, 2N), now the gradient of gate_up_rows
+    del adjoint
+    pair = Pair.of(gate_up_a, gate_up_b, scale, grad.dtype)
+    outer = pair.outer(slopes, routing.rows_of) if pair else None
+    if pair and outer is not None and (needs[2] or needs[3]):
+        segments = Segments.of(routing, expert_ids, gate_up_a, down_bias.shape[0])
+        found[2:4] = segments.gradients(pair, slopes, outer, routing.gather(hidden), needs[2:4])
+    if needs[0]:
+        rows_grad = product(slopes, weights.codec(gate_up_codec, gate_up), routing.rows_of, "adjoint")  # (S, K)
+        if pair and outer is not None:
+            pair.add_adjoint_(rows_grad, outer, routing.rows_of)
+        found[0] = routing.by_token(rows_grad).view(*expert_ids.shape, -1).sum(1)
+    return found
+
+
+@experts_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    gate_up_rows: torch.Tensor,
+    hidden: torch.Tensor,
+    expert_weights: torch.Tensor,
+    *rest: Any,
+) -> list[torch.Tensor]:
+    matrices, needs = rest[6:10], rest[14]
+    shaped = (hidden, expert_weights, *matrices)
+    return [
+        torch.empty_like(one, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
+        for one, need in zip(shaped, needs, strict=True)
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    hidden, expert_weights, expert_ids, gate_up_codec, gate_up, _, down_codec, down, down_bias = inputs[:9]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], hidden, expert_weights, expert_ids, down_bias, *inputs[9:13], *gate_up, *down)
+    ctx.codecs, ctx.constants, ctx.split = (gate_up_codec, down_codec), inputs[13:17], 9 + len(gate_up)
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 18
+    gate_up_rows, hidden, expert_weights, expert_ids, down_bias, *rest = ctx.saved_tensors
+    matrices, stacks, split = rest[:4], rest[4:], ctx.split - 9
+    needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 9, 10, 11, 12)]
+    found = experts_backward(
+        *(grad.contiguous(), gate_up_rows, hidden, expert_weights, expert_ids),
+        *(ctx.codecs[0], stacks[:split], ctx.codecs[1], stacks[split:], down_bias),
+        *(*matrices, *ctx.constants, needs),
+    )
+    kept = [one if need else None for one, need in zip(found, needs, strict=True)]
+    return (*kept[:2], *(None,) * 7, *kept[2:], *(None,) * 5)
+
+
+experts_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _activate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """The clamped SwiGLU: (S, 2N) -> (S, N). The order of operations is transformers', to the bit."""
+    gate = gate_up[:, 0::2].clamp(max=limit)
+    up = gate_up[:, 1::2].clamp(-limit, limit)
+    return gate.mul_((gate * alpha).sigmoid_()).mul_(up.add_(1))
+
+
+def _activation_and_slopes(gate_up: torch.Tensor, alpha: float, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_activate` again (S, N), and its derivatives by gate and by up, interleaved (S, 2N).
+
+    A clamp passes the gradient at its limit, as torch's does.
     """
-    pieces = []
-    start = 0
-    outs, ins = scales.shape[1], scales.shape[2] * mxfp4.GROUP
-    for experts in _chunks(rows_of, outs * ins * rows.element_size()):
-        offsets = list(accumulate(rows_of[expert] for expert in experts))
-        weights = mxfp4.decode(_pick(blocks, experts), _pick(scales, experts), rows.dtype)  # (hit, outs, ins)
-        pieces.append(
-            functional.grouped_mm(
-                rows[start : start + offsets[-1]],
-                _oriented(weights, order),
-                offs=torch.tensor(offsets, dtype=torch.int32, device=rows.device),
-            )
-        )
-        start += offsets[-1]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _oriented(weights: torch.Tensor, order: Order) -> torch.Tensor:
-    if order == "adjoint":
-        return weights
-    return weights.mT.contiguous() if order == "library" else weights.mT
-
-
-def _chunks(rows_of: list[int], expert_bytes: int) -> Iterator[list[int]]:
-    """The experts that have rows, as many at a time as may be decoded at once."""
-    hit = [expert for expert, count in enumerate(rows_of) if count]
-    size = max(1, DECODE_BYTES // expert_bytes)
-    for start in range(0, len(hit), size):
-        yield hit[start : start + size]
-
-
-def _pick(stack: torch.Tensor, experts: list[int]) -> torch.Tensor:
-    """The given experts of a stack, without a copy where they are neighbours."""
-    if experts[-1] - experts[0] + 1 == len(experts):
-        return stack[experts[0] : experts[-1] + 1]
-    return stack.index_select(0, torch.tensor(experts, device=stack.device))
-
-
-def _activate(gate_up: torch.Tensor, constants: Gate) -> torch.Tensor:
-    """The clamped SwiGLU: (M, 2N) -> (M, N). The order of operations is transformers', to the bit."""
-    gate = gate_up[:, 0::2].clamp(max=constants.limit)
-    up = gate_up[:, 1::2].clamp(-constants.limit, constants.limit)
-    return gate.mul_((gate * constants.alpha).sigmoid_()).mul_(up.add_(1))
-
-
-def _activate_backward(grad: torch.Tensor, gate_up: torch.Tensor, constants: Gate) -> torch.Tensor:
-    """The gradient of `_activate`: (M, N) -> (M, 2N). A clamp passes the gradient at its limit, as torch's does."""
     raw_gate, raw_up = gate_up[:, 0::2], gate_up[:, 1::2]
-    scaled = raw_gate.clamp(max=constants.limit).mul_(constants.alpha)
-    slope = raw_up.clamp(-constants.limit, constants.limit).add_(1).mul_(grad)
-    glu = functional.silu(scaled).div_(constants.alpha)
-    result = torch.empty_like(gate_up)
-    # gate * sigmoid(alpha * gate) = silu(alpha * gate) / alpha, whose derivative by gate is silu'(alpha * gate).
-    torch.mul(torch.ops.aten.silu_backward(slope, scaled), raw_gate <= constants.limit, out=result[:, 0::2])
-    torch.mul(glu.mul_(grad), raw_up.abs() <= constants.limit, out=result[:, 1::2])
-    return result
+    scaled = raw_gate.clamp(max=limit).mul_(alpha)
+    up = raw_up.clamp(-limit, limit).add_(1)
+    glu = functional.silu(scaled).div_(alpha)  # gate * sigmoid(alpha * gate), whose derivative is silu'(alpha * gate)
+    slopes = torch.empty_like(gate_up)
+    torch.mul(torch.ops.aten.silu_backward(up, scaled), raw_gate <= limit, out=slopes[:, 0::2])
+    torch.mul(glu, raw_up.abs() <= limit, out=slopes[:, 1::2])
+    return glu.mul_(up), slopes
+
+
+def _check(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    packed: PackedExperts,
+    matrices: tuple[torch.Tensor | None, ...],
+    units: int | None,
+) -> None:
+    experts, twice, ins = packed.gate_up.shape
+    if packed.down.shape != (experts, ins, twice // 2):
+        raise ValueError(
+            f"expected down matrices {(experts, ins, twice // 2)} beside gate_up {packed.gate_up.shape}, "
+            f"got {packed.down.shape}"
+        )
+    if hidden.dim() != 2 or hidden.shape[1] != ins:
+        raise ValueError(f"expected hidden states (T, {ins}), got {tuple(hidden.shape)}")
+    if expert_ids.shape != expert_weights.shape or expert_ids.dim() != 2 or expert_ids.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"expected expert ids and weights ({hidden.shape[0]}, experts_per_token), got {tuple(expert_ids.shape)} "
+            f"and {tuple(expert_weights.shape)}"
+        )
+    if units is not None and hidden.shape[0] % units:
+        raise ValueError(f"expected the tokens of {units} units of one length, got {hidden.shape[0]} tokens")
+    frozen = (*packed.gate_up.tensors(), packed.gate_up_bias, *packed.down.tensors(), packed.down_bias)
+    if any(tensor.requires_grad for tensor in frozen):
+        raise ValueError("expected frozen matrices and biases, got some that require a gradient: none is computed")
+    for matrix, width, axis in zip(matrices, (ins, twice, twice // 2, ins), (-1, -2, -1, -2), strict=True):
+        if matrix is not None and (matrix.shape[axis] != width or matrix.shape[-3] not in (1, experts)):
+            raise ValueError(
+                f"expected low-rank matrices of 1 or {experts} pairs and width {width}, got {tuple(matrix.shape)}"
+            )

@@ -13,9 +13,13 @@ alternative.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from foedus_kernels.weights import pick
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -31,13 +35,54 @@ _LARGEST_CODE_EXPONENT = 2  # 4 = 2^2 is the largest power of two among the code
 _QUAD = {torch.bfloat16: torch.int64, torch.float32: torch.complex128}
 
 
+@dataclass(frozen=True, eq=False)
+class Mxfp4Weights:
+    """A stack of matrices in the released layout (`weights.ExpertWeights`).
+
+    Attributes:
+        blocks: uint8 [E, N, K/32, 16].
+        scales: uint8 [E, N, K/32].
+
+    Raises:
+        ValueError: A wrong shape or type.
+    """
+
+    blocks: torch.Tensor
+    scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shapes and the types."""
+        _check_packed(self.blocks, self.scales)
+        if self.scales.dim() != 3:
+            raise ValueError(f"expected scales [E, N, K/{GROUP}] of a stack, got {tuple(self.scales.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, N, K), of the decoded stack."""
+        experts, outs, groups = self.scales.shape
+        return experts, outs, groups * GROUP
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales: 17 for 32 values."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The codes and the scales."""
+        return self.blocks, self.scales
+
+    def decode(self, experts: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The given experts' matrices, exactly: (len(experts), N, K)."""
+        return decode(pick(self.blocks, experts), pick(self.scales, experts), dtype)
+
+
 def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Decode MXFP4 exactly.
 
     Args:
         blocks: uint8 [..., G, 16].
         scales: uint8 [..., G]. Bytes from 2 to 252, which is checked when a checkpoint is opened, not here.
-        dtype: `torch.float32` or `torch.bfloat16`.
+        dtype: `torch.float32`, `torch.bfloat16`, or `torch.float64` (by way of float32).
 
     Returns:
         [..., G * 32] in `dtype`, contiguous.
@@ -46,6 +91,8 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
         ValueError: A wrong shape or type, or a dtype in which the values are not exact.
     """
     _check_packed(blocks, scales)
+    if dtype == torch.float64:
+        return decode(blocks, scales, torch.float32).double()
     if dtype not in _QUAD:
         raise ValueError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
     # Two bytes, four values, a look-up: 1.5 Gelem/s a core in float32 against 0.9 with one byte a look-up (Zen 4, a

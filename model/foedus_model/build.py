@@ -1,31 +1,54 @@
-"""A checkpoint -> a frozen transformers `GptOssForCausalLM` whose experts stay in 4 bits.
+"""A checkpoint -> a frozen transformers `GptOssForCausalLM` whose quantised weights stay as they are stored.
 
-The model is built without memory (`meta`), its expert modules are swapped, and the memory-mapped tensors are assigned:
-the packed bytes are never copied on a CPU, let alone decoded. Everything that is not packed is converted to the
+The model is built without memory (`meta`), the modules that hold quantised weights are swapped, and the memory-mapped
+tensors are assigned: the codes are never copied on a CPU, let alone decoded. Everything else is converted to the
 compute type. Missing, unexpected or misshapen tensors are errors; RoPE's buffers, which no checkpoint holds, are
 computed again.
+
+What a quantisation stores, its modules say (`experts.py`, `linear.py`): every buffer of theirs that is not a bias is
+taken from the file as it is, in the type that the empty buffer has.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from foedus_kernels.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE
 from foedus_protocols.errors import CheckpointError, ConfigError
+from foedus_protocols.manifest import read_config, verify_config
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
+from foedus_model.attention import gpt_oss_config
 from foedus_model.checkpoint import Checkpoint, open_checkpoint
-from foedus_model.experts import Mxfp4Experts
+from foedus_model.experts import QuantisedExperts
+from foedus_model.linear import quantise_linears
+from foedus_model.memory import needs_of, require_memory
+from foedus_model.parts import bytes_by_part, in_units, type_name
+from foedus_model.shards import TensorSpec
 
 _LOG = logging.getLogger(__name__)
-_PACKED = ("_blocks", "_scales")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A base model, and what was loaded.
+
+    Attributes:
+        model: Frozen, in evaluation mode.
+        checkpoint: Where it came from.
+        bytes: What each part takes in memory or in mapped files, by the names of `parts.PARTS`.
+    """
+
+    model: GptOssForCausalLM
+    checkpoint: Checkpoint
+    bytes: Mapping[str, int]
 
 
 def load_base(
@@ -38,73 +61,128 @@ def load_base(
     """Load a base model, frozen and in evaluation mode.
 
     Args:
-        path: A checkpoint folder with its manifest.
+        path: A checkpoint folder with its manifest, in the released layout or OpenAI's.
         expect_digest: The base that a charter or variant names; None accepts any.
         device: Where the model runs.
-        dtype: The compute type, float32 or bfloat16. The experts stay packed in either.
+        dtype: The compute type, float32 or bfloat16. What is quantised stays so in either.
 
     Returns:
         The model. Logits equal those of transformers' dequantised model up to summation order (1e-6 in float32).
 
     Raises:
-        CheckpointError: The folder is not the expected, complete base.
+        CheckpointError: The folder is not the expected, complete base, or the machine has too little memory for it.
         ConfigError: The configuration needs a part that this version does not have.
     """
-    return build(open_checkpoint(path, expect_digest), device=device, dtype=dtype)
+    return load(path, expect_digest=expect_digest, device=device, dtype=dtype).model
+
+
+def load(
+    path: Path,
+    *,
+    expect_digest: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Loaded:
+    """Load a base model and say what was loaded; `load_base` says more.
+
+    Memory is asked for before the weights are digested: the answer is known from the configuration alone.
+    """
+    manifest = verify_config(path, expect_digest)
+    config = _model_config(read_config(path))
+    model = _on_meta(config, manifest.quantisation)
+    needs = needs_of(_expected(model, config), _stored(model), device=device, dtype=_compute(dtype))
+    require_memory(needs, path=path, device=device)
+    return _filled(open_checkpoint(path, expect_digest), config, model, device=device, dtype=dtype)
 
 
 def build(
     checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> GptOssForCausalLM:
     """The model of an opened checkpoint; `load_base` says more."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"expected the compute type float32 or bfloat16, got {dtype}")
     config = _model_config(checkpoint.config)
-    model = _on_meta(config, packed=checkpoint.manifest.quantisation == "mxfp4")
-    state = checkpoint.tensors()
-    _check_tensors(_expected(model, config), state)
-    packed_bytes = sum(tensor.nbytes for name, tensor in state.items() if name.endswith(_PACKED))
-    state = {name: _placed(name, tensor, device, dtype) for name, tensor in state.items()}
+    model = _on_meta(config, checkpoint.manifest.quantisation)
+    return _filled(checkpoint, config, model, device=device, dtype=_compute(dtype)).model
+
+
+def _filled(
+    checkpoint: Checkpoint,
+    config: GptOssConfig,
+    model: GptOssForCausalLM,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> Loaded:
+    """Give an empty model the tensors of its checkpoint."""
+    stored = _stored(model)
+    _check_specs(_expected(model, config), checkpoint.contents.specs, stored)
+    found = checkpoint.tensors()
+    _check_scales(found, stored)
+    state = {
+        name: tensor.to(device) if name in stored else tensor.to(device=device, dtype=dtype)
+        for name, tensor in found.items()
+    }
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = GptOssRotaryEmbedding(config=config).to(device)
     _refuse_meta(model)
-    _LOG.info("loaded %s: %d bytes of packed experts, %d bytes in all", checkpoint.path, packed_bytes, _bytes_of(model))
-    return model.requires_grad_(False).eval()
+    loaded = bytes_by_part(state.items())
+    _LOG.info(
+        "loaded %s (%s, %s) on %s in %s: %s; %d tensors, none missing, none left over",
+        checkpoint.path,
+        checkpoint.layout,
+        checkpoint.manifest.quantisation,
+        device,
+        type_name(dtype),
+        ", ".join(f"{part} {in_units(count)}" for part, count in loaded.items()),
+        len(state),
+    )
+    return Loaded(model=model.requires_grad_(False).eval(), checkpoint=checkpoint, bytes=loaded)
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"expected the compute type float32 or bfloat16, got {dtype}")
+    return dtype
 
 
 def _model_config(described: Mapping[str, Any]) -> GptOssConfig:
     """The transformers configuration, without its quantisation (ours is not a transformers quantiser)."""
     if described.get("model_type") != "gpt_oss":
         raise ConfigError(f"expected a model of type gpt_oss, got {described.get('model_type')!r}")
-    unknown = sorted(set(described.get("layer_types") or ()) - _LAYER_TYPES)
-    if unknown:
-        raise ConfigError(f"layers of type {', '.join(unknown)} are not supported by this version")
-    config = GptOssConfig(**{key: value for key, value in described.items() if key != "quantization_config"})
+    config = gpt_oss_config(described)
     # The load-balancing loss couples the records of a batch: private training must never see it.
     config.output_router_logits = False
-    config._attn_implementation = "eager"
     config._experts_implementation = "grouped_mm"
     return config
 
 
-def _on_meta(config: GptOssConfig, *, packed: bool) -> GptOssForCausalLM:
+def _on_meta(config: GptOssConfig, quantisation: str) -> GptOssForCausalLM:
+    """The model without memory, with the modules of a quantisation in place."""
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
-        if packed:
+        if quantisation != "dense":
             for layer in model.model.layers:
-                layer.mlp.experts = Mxfp4Experts(config)
+                layer.mlp.experts = QuantisedExperts(config, quantisation)
+        quantise_linears(model, quantisation)
     return model
 
 
 def _expected(model: nn.Module, config: GptOssConfig) -> dict[str, torch.Tensor]:
+    """What the checkpoint has to hold; a tied head is the embedding again."""
     expected: dict[str, torch.Tensor] = dict(model.state_dict())
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     return expected
 
 
-def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+def _stored(model: nn.Module) -> frozenset[str]:
+    """The tensors that stay as the file has them: buffers, but for biases."""
+    return frozenset(name for name, _ in model.named_buffers() if not name.endswith("bias"))
+
+
+def _check_specs(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorSpec], stored: frozenset[str]
+) -> None:
     """Names, shapes and types of a checkpoint against the model it is for."""
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or surplus:
@@ -112,23 +190,28 @@ def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
             f"the weights do not fit {len(expected)} expected tensors: missing {_some(missing)}, not expected "
             f"{_some(surplus)}; config and weights must come from one checkpoint"
         )
-    for name, tensor in found.items():
+    for name, spec in found.items():
         want = expected[name]
-        if tensor.shape != want.shape:
-            raise CheckpointError(f"{name}: expected the shape {tuple(want.shape)}, got {tuple(tensor.shape)}")
-        if name.endswith(_PACKED) and tensor.dtype != torch.uint8:
-            raise CheckpointError(f"{name}: expected uint8, got {tensor.dtype}")
-        if not name.endswith(_PACKED) and tensor.dtype not in (torch.bfloat16, torch.float32):
-            raise CheckpointError(f"{name}: expected bfloat16 or float32, got {tensor.dtype}")
-        if name.endswith("_scales") and not bool(((tensor >= SMALLEST_SCALE) & (tensor <= LARGEST_SCALE)).all()):
+        if spec.shape != want.shape:
+            raise CheckpointError(f"{name}: expected the shape {tuple(want.shape)}, got {spec.shape}")
+        if name in stored and spec.dtype != want.dtype:
+            raise CheckpointError(f"{name}: expected {type_name(want.dtype)}, got {spec.dtype}")
+        if name not in stored and spec.dtype not in (torch.bfloat16, torch.float32):
+            raise CheckpointError(f"{name}: expected bfloat16 or float32, got {spec.dtype}")
+
+
+def _check_scales(found: Mapping[str, torch.Tensor], stored: frozenset[str]) -> None:
+    """Refuse scales that no rounding of finite weights gives: one of them would poison every later value."""
+    for name in sorted(name for name in stored if name.endswith("_scales")):
+        scales = found[name]
+        if scales.is_floating_point():
+            if not bool(torch.isfinite(scales).all()):
+                raise CheckpointError(f"{name}: expected finite scales, got others: the file is damaged")
+        elif not SMALLEST_SCALE <= int(scales.min()) <= int(scales.max()) <= LARGEST_SCALE:
             raise CheckpointError(
                 f"{name}: expected scale bytes from {SMALLEST_SCALE} to {LARGEST_SCALE}, got others: "
                 "no trained weight has them, the file is damaged"
             )
-
-
-def _placed(name: str, tensor: torch.Tensor, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(device) if name.endswith(_PACKED) else tensor.to(device=device, dtype=dtype)
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -136,10 +219,6 @@ def _refuse_meta(model: nn.Module) -> None:
     left = [name for name, tensor in tensors if tensor.device.type == "meta"]
     if left:
         raise CheckpointError(f"no values were loaded for {_some(left)}")
-
-
-def _bytes_of(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""The experts module of a quantised gpt-oss: packed bytes as buffers, in place of transformers' `GptOssExperts`.
+"""The experts module of a quantised gpt-oss: stored codes as buffers, in place of transformers' `GptOssExperts`.
 
 The buffers carry the names of the checkpoint, so that loading is an assignment. Nothing here is trainable and nothing
-decoded outlives a call.
+decoded outlives a call. A dense checkpoint keeps transformers' module, whose matrices lie the other way round.
 """
 
 from __future__ import annotations
@@ -9,42 +9,54 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.experts import Gate, PackedExperts, experts_torch
-from foedus_kernels.mxfp4 import GROUP
-from foedus_protocols.errors import CheckpointError
+from foedus_kernels.weights import ExpertWeights
 from torch import nn
 
+from foedus_model.codecs import codec
 
-class Mxfp4Experts(nn.Module):
-    """Routed experts over MXFP4 weights, with the call signature of transformers' module."""
 
-    def __init__(self, config: Any) -> None:
+class QuantisedExperts(nn.Module):
+    """Routed experts over quantised weights, with the call signature of transformers' module.
+
+    Attributes:
+        lora: A module whose call returns the layer's `ExpertLora`, or None.
+    """
+
+    def __init__(self, config: Any, quantisation: str) -> None:
         """Make empty buffers of the configuration's shapes.
 
+        Args:
+            config: A `GptOssConfig`.
+            quantisation: ``mxfp4``, ``nf4`` or ``int8``.
+
         Raises:
-            CheckpointError: A width is not a multiple of the MXFP4 group.
+            CheckpointError: Another quantisation, or a width that is not a multiple of its group.
         """
         super().__init__()
-        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
-        if hidden % GROUP or inner % GROUP:
-            raise CheckpointError(f"MXFP4 needs widths that are multiples of {GROUP}, got {hidden} and {inner}")
+        self._codec = codec(quantisation)
         self.gate = Gate(alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+        self.lora: nn.Module | None = None
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         for name, outs, ins in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
-            groups = ins // GROUP
-            self.register_buffer(f"{name}_blocks", torch.empty(experts, outs, groups, GROUP // 2, dtype=torch.uint8))
-            self.register_buffer(f"{name}_scales", torch.empty(experts, outs, groups, dtype=torch.uint8))
+            for stored, tensor in self._codec.empty(name, (experts, outs, ins)).items():
+                self.register_buffer(stored, tensor)
             self.register_buffer(f"{name}_bias", torch.empty(experts, outs))
+
+    def packed(self) -> PackedExperts:
+        """The layer's frozen matrices, as the kernels take them."""
+        return PackedExperts(
+            self._weights("gate_up_proj"), self.gate_up_proj_bias, self._weights("down_proj"), self.down_proj_bias
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
     ) -> torch.Tensor:
         """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
-        packed = PackedExperts(
-            self.gate_up_proj_blocks,
-            self.gate_up_proj_scales,
-            self.gate_up_proj_bias,
-            self.down_proj_blocks,
-            self.down_proj_scales,
-            self.down_proj_bias,
-        )
-        return experts_torch(hidden_states, router_indices, routing_weights, packed, self.gate)
+        lora: ExpertLora | None = self.lora() if self.lora is not None else None
+        return experts_torch(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora)
+
+    def _weights(self, name: str) -> ExpertWeights:
+        first, second = (self.get_buffer(f"{name}_{suffix}") for suffix, _, _ in self._codec.parts)
+        return self._codec.weights(first, second)

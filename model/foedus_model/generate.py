@@ -1,49 +1,32 @@
 """Text from a base model, alone or with a variant's adapter.
 
-The decoding loop and its key-value cache are transformers'. What is ours is the refusal to mix: a variant names its
-base by digest and is loaded on no other, and a variant that was trained without privacy says so in every result.
+The decoding loop is in `decode.py`, prompts in `chat.py`. What is here is loading, and the refusal to mix: a variant
+names its base by digest and is loaded on no other, and a variant that was trained without privacy says so in every
+result.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from foedus_protocols.errors import CheckpointError, UsageError
-from foedus_protocols.layout import attention_layout, read_peft, read_peft_config, vector_digest
+from foedus_protocols.errors import CheckpointError
+from foedus_protocols.layout import vector_digest
 from foedus_protocols.manifest import MANIFEST_FILE
+from foedus_protocols.peft_folder import folder_layout, read_peft
 from tokenizers import Tokenizer
 from transformers import GptOssForCausalLM
 
 from foedus_model.adapter import attach
 from foedus_model.build import build
+from foedus_model.chat import FINAL, TEMPLATE_FILE, Prompt, plain_prompt, short_prompt
 from foedus_model.checkpoint import open_checkpoint
-
-_END_TOKENS = ("<|return|>", "<|end|>", "<|endoftext|>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to continue a prompt.
-
-    Attributes:
-        max_new_tokens: At most this many tokens.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        seed: Makes drawn tokens repeatable; None draws anew.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"expected at least 1 new token, got {self.max_new_tokens}")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise UsageError(f"expected a temperature of 0 or more, got {self.temperature}")
+from foedus_model.decode import Request, complete
+from foedus_model.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,12 +38,14 @@ class Generator:
         tokenizer: The base's tokenizer.
         base_digest: The base's identity.
         private: Whether the variant was trained with differential privacy; None without a variant.
+        template: The base's chat template, where it carries one.
     """
 
     model: GptOssForCausalLM
     tokenizer: Tokenizer
     base_digest: str
     private: bool | None
+    template: str | None = None
 
 
 def load_generator(base: Path, variant: Path | None = None, *, device: str | torch.device = "cpu") -> Generator:
@@ -85,8 +70,7 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = build(checkpoint, device=device, dtype=dtype)
     if variant is not None and manifest is not None:
-        described = read_peft_config(variant)
-        layout = attention_layout(checkpoint.config, rank=described.rank)
+        layout = folder_layout(variant, checkpoint.config, manifest)
         adapter = read_peft(variant, layout)
         if vector_digest(adapter.vector) != manifest["adapter"]:
             raise CheckpointError(f"{variant}: the adapter is not the one that its manifest names; fetch it again")
@@ -98,6 +82,7 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
         tokenizer=Tokenizer.from_file(str(checkpoint.tokenizer_path)),
         base_digest=checkpoint.digest,
         private=manifest["private"] if manifest is not None else None,
+        template=_template(base, checkpoint.manifest.files),
     )
 
 
@@ -136,28 +121,12 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]
         UsageError: The prompt has no tokens.
         CheckpointError: The tokenizer has no control tokens to wrap it with.
     """
-    if not prompt:
-        raise UsageError("expected a prompt, got empty text")
-    if not chat:
-        return _text_ids(tokenizer, prompt)
-    ids: list[int] = []
-    for control, text in (
-        ("<|start|>", "user"),
-        ("<|message|>", prompt),
-        ("<|end|>", ""),
-        ("<|start|>", "assistant"),
-        ("<|channel|>", "final"),
-        ("<|message|>", ""),
-    ):
-        control_id = tokenizer.token_to_id(control)
-        if control_id is None:
-            raise CheckpointError(f"the base's tokenizer has no {control}; use --raw to continue plain text")
-        ids += [control_id, *_text_ids(tokenizer, text)]
-    return ids
+    plain = plain_prompt(tokenizer, prompt)
+    return list((short_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else plain).ids)
 
 
 def generate(generator: Generator, prompt_ids: list[int], sampling: Sampling) -> list[int]:
-    """Continue a prompt.
+    """Continue one prompt.
 
     Returns:
         The new token ids, without the one that ended the text.
@@ -165,40 +134,17 @@ def generate(generator: Generator, prompt_ids: list[int], sampling: Sampling) ->
     Raises:
         UsageError: Prompt and new tokens together are longer than the model's context.
     """
-    model, tokenizer = generator.model, generator.tokenizer
-    longest = model.config.max_position_embeddings
-    if len(prompt_ids) + sampling.max_new_tokens > longest:
-        raise UsageError(
-            f"expected at most {longest} tokens together, got {len(prompt_ids)} of prompt and "
-            f"{sampling.max_new_tokens} to generate; shorten one"
-        )
-    ends = [tokenizer.token_to_id(name) for name in _END_TOKENS]
-    ends = [end for end in ends if end is not None]
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    if sampling.temperature > 0:
-        options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-    inputs = torch.tensor([prompt_ids], device=model.device)  # (1, T)
-    # transformers draws from the global generator; the fork keeps a seed from reaching anything else.
-    with torch.inference_mode(), torch.random.fork_rng(enabled=sampling.seed is not None):
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
-            **options,
-        )
-    new = output[0, len(prompt_ids) :].tolist()
-    return new[:-1] if new and new[-1] in ends else new
+    ends = plain_prompt(generator.tokenizer, "-").end_ids
+    prompt = Prompt(ids=tuple(prompt_ids), end_ids=ends, channel=FINAL)
+    request = Request(prompt=prompt, sampling=sampling)
+    return list(complete(generator.model, generator.tokenizer, [request])[0].ids)
 
 
-def _text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text in which control tokens are spelt, not obeyed."""
-    previous = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = True
+def _template(base: Path, files: Mapping[str, Any]) -> str | None:
+    """The base's chat template, where its manifest names one."""
+    if TEMPLATE_FILE not in files:
+        return None
     try:
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
-    finally:
-        tokenizer.encode_special_tokens = previous
+        return (base / TEMPLATE_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"expected UTF-8 text in {base / TEMPLATE_FILE}, got: {error}") from error

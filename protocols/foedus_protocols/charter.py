@@ -12,14 +12,17 @@ steps a round. A charter that asks for one of them does not parse.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from foedus_protocols import accounting, codec, identity, rules
 from foedus_protocols.canonical import canonical_bytes, digest, parse_canonical
 from foedus_protocols.errors import VerificationError
+from foedus_protocols.layout import Layout, Targets, Train, Vector, adapter_layout, initial_vector
 from foedus_protocols.messages import Agreement, Digest, OrgId
 
 SIGNATURE_CONTEXT = "foedus/charter/1"
@@ -60,15 +63,47 @@ class Participant(Terms):
 
 
 class Adapter(Terms):
-    """Which matrices are trained, and the digests that every party computes for itself (`layout.py`)."""
+    """Which matrices are trained, and the digests that every party computes for itself (`layout.py`).
 
-    targets: Literal["attention"]
+    Attributes:
+        layers: The adapted layers, ascending; absent for all of the base.
+        train: ``both`` where A trains beside B, which takes mode `none`; absent where every A stays as seeded.
+    """
+
+    targets: Targets
     rank: Annotated[int, Field(ge=1, le=1024)]
     alpha: Positive
     seed: Annotated[str, Field(min_length=1, max_length=200)]
     layout_digest: Digest
     length: Count
     initial_digest: Digest
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=4096)], ...], Field(min_length=1)] | None = None
+    train: Literal["both"] | None = None
+
+    @property
+    def trains(self) -> Train:
+        """Which factors train, as `layout.adapter_layout` calls them."""
+        return self.train or "b"
+
+    def layout(self, base_config: Mapping[str, Any]) -> Layout:
+        """The matrices on a base.
+
+        Raises:
+            ConfigError: The base has not the layers that are named, or its configuration misses a width.
+        """
+        return adapter_layout(
+            base_config, targets=self.targets, rank=self.rank, layers=self.layers, train=self.trains
+        )
+
+    def start(self, base_config: Callable[[], Mapping[str, Any]]) -> Vector:
+        """The trained matrices before round 1 of a run that extends nothing: zeros, and a trained A from the seed.
+
+        Args:
+            base_config: Gives the base's ``config.json``; asked only where A trains.
+        """
+        if self.train is None:
+            return np.zeros(self.length, dtype=np.float32)  # (d,)
+        return initial_vector(self.layout(base_config()), self.seed)
 
 
 class Optimiser(Terms):
@@ -209,6 +244,11 @@ class Charter(Terms):
         noised = min(noises) >= accounting.SMALLEST_NOISE
         if self.privacy.mode == "local" and not (promised and noised and self.seed is None):
             raise ValueError("mode local needs epsilon, delta and noise for every participant, and takes no seed")
+        if self.privacy.mode != "none" and self.adapter.train is not None:
+            raise ValueError(
+                'adapter.train "both" takes mode none: under noise every A stays as the seed gives it, so that no '
+                "product of two noises trains"
+            )
         if self.privacy.mode == "none" and not (silent and max(noises) == 0):
             raise ValueError("mode none has neither epsilon, delta nor noise")
         return self
@@ -229,7 +269,9 @@ class Charter(Terms):
             found = "; ".join(
                 (".".join(map(str, item["loc"])) or "the whole") + ": " + item["msg"] for item in error.errors()
             )
-            raise VerificationError(f"expected a charter of version 1, got: {found}") from None
+            raise VerificationError(
+                f"expected a charter of version 1, got: {found}. Where a newer version of Foedus wrote it, update this one"
+            ) from None
         if charter.canonical() != data:
             raise VerificationError("expected a charter with every field written out, got one that leans on defaults")
         return charter

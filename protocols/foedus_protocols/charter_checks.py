@@ -271,7 +271,7 @@ def _base_held(charter: Charter, view: OrgView) -> Mapping[str, Any]:
 
 def _adapter_as_computed(charter: Charter, config: Mapping[str, Any]) -> None:
     """Check 8."""
-    computed = layout.attention_layout(config, rank=charter.adapter.rank)
+    computed = charter.adapter.layout(config)
     if (charter.adapter.layout_digest, charter.adapter.length) != (computed.digest, computed.length):
         raise VerificationError(
             f"expected the layout {computed.digest[:12]} of {computed.length} coordinates for this base, got "
@@ -279,7 +279,7 @@ def _adapter_as_computed(charter: Charter, config: Mapping[str, Any]) -> None:
         )
     if charter.extends is not None:
         return
-    initial = layout.initial_digest(computed)
+    initial = layout.initial_digest(computed, charter.adapter.seed)
     if charter.adapter.initial_digest != initial:
         raise VerificationError(
             f"expected the initial adapter {initial[:12]}, got {charter.adapter.initial_digest[:12]}"

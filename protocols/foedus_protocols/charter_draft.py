@@ -42,12 +42,14 @@ from foedus_protocols.charter import (
     noise_slack,
 )
 from foedus_protocols.errors import ConfigError, VerificationError
+from foedus_protocols.layout import Layout, Targets, Train
 from foedus_protocols.messages import OrgId
 from foedus_protocols.roster import Roster
 
 _DAY_SECONDS = 86_400
 _DEFAULT_EPSILON = 8.0
 _DEFAULT_DELTA = 1e-5
+_DEFAULT_RANK = 16
 
 
 class DraftParticipant(Terms):
@@ -59,12 +61,18 @@ class DraftParticipant(Terms):
 
 
 class DraftAdapter(Terms):
-    """The adapter, before its digests are computed."""
+    """The adapter, before its digests are computed.
 
-    targets: Literal["attention"] = "attention"
-    rank: int = 16
-    alpha: float = 32.0
+    `rank` defaults to 16; for ``experts`` to 16 over the experts of a token, so that as many matrices as with one pair
+    meet each token. `alpha` defaults to 32; for ``experts`` to twice the rank.
+    """
+
+    targets: Targets = "attention"
+    rank: int | None = None
+    alpha: float | None = None
     seed: str = "foedus"
+    layers: list[int] | None = None
+    train: Train = "b"
 
 
 class DraftPrivacy(Terms):
@@ -156,7 +164,8 @@ def draft(
     """
     try:
         terms = CharterDraft.model_validate(dict(toml))
-        participants = tuple(_participant(one, terms, roster, base_config) for one in terms.participants)
+        adapter, described = _adapter(terms.adapter, base_config)
+        participants = tuple(_participant(one, terms, roster, described.length) for one in terms.participants)
         charter = Charter(
             version=1,
             federation=federation,
@@ -167,10 +176,10 @@ def draft(
             participants=participants,
             base=base_digest,
             base_name=base_name,
-            adapter=_adapter(terms.adapter, base_config),
+            adapter=adapter,
             recipe=terms.recipe,
             privacy=_privacy(terms.privacy),
-            masks=_masks(terms, participants, base_config),
+            masks=_masks(terms, participants, described.length),
             schedule=terms.schedule,
             evaluation=terms.evaluation,
             release=Release(
@@ -194,9 +203,9 @@ def draft(
 
 
 def _participant(
-    declared: DraftParticipant, terms: CharterDraft, roster: Roster, base_config: Mapping[str, Any]
+    declared: DraftParticipant, terms: CharterDraft, roster: Roster, length: int
 ) -> Participant:
-    """The constants of one organisation."""
+    """The constants of one organisation, for a vector of `length`."""
     constants = accounting.party_constants(declared.units_at_most, terms.privacy.target_units)
     noise = 0.0
     privacy = _privacy(terms.privacy)
@@ -207,7 +216,6 @@ def _participant(
                 f"{privacy.delta:g}: lower it"
             )
         steps = privacy.rounds * privacy.steps_per_round
-        length = layout.attention_layout(base_config, rank=terms.adapter.rank).length
         slack = noise_slack(length=length, steps=steps, epsilon=privacy.epsilon)
         noise = accounting.calibrate(
             epsilon=privacy.epsilon,
@@ -244,22 +252,38 @@ def _privacy(terms: DraftPrivacy) -> Privacy:
     )
 
 
-def _adapter(terms: DraftAdapter, base_config: Mapping[str, Any]) -> Adapter:
-    described = layout.attention_layout(base_config, rank=terms.rank)
-    return Adapter(
+def _adapter(terms: DraftAdapter, base_config: Mapping[str, Any]) -> tuple[Adapter, Layout]:
+    """The charter's section and the layout that it names."""
+    rank = _DEFAULT_RANK if terms.rank is None else terms.rank
+    if terms.rank is None and terms.targets == "experts":
+        rank = max(1, _DEFAULT_RANK // _experts_per_token(base_config))
+    alpha = 2.0 * (rank if terms.targets == "experts" else _DEFAULT_RANK) if terms.alpha is None else terms.alpha
+    described = layout.adapter_layout(
+        base_config, targets=terms.targets, rank=rank, layers=terms.layers, train=terms.train
+    )
+    adapter = Adapter(
         targets=terms.targets,
-        rank=terms.rank,
-        alpha=terms.alpha,
+        rank=rank,
+        alpha=alpha,
         seed=terms.seed,
         layout_digest=described.digest,
         length=described.length,
-        initial_digest=layout.vector_digest(layout.initial_vector(described)),
+        initial_digest=layout.initial_digest(described, terms.seed),
+        layers=described.layers,
+        train="both" if terms.train == "both" else None,
     )
+    return adapter, described
 
 
-def _masks(terms: CharterDraft, participants: tuple[Participant, ...], base_config: Mapping[str, Any]) -> Masks:
+def _experts_per_token(base_config: Mapping[str, Any]) -> int:
+    count = base_config.get("num_experts_per_tok")
+    if not isinstance(count, int) or count < 1:
+        raise ConfigError(f"expected num_experts_per_tok in the base's config.json, got {count!r}: give adapter.rank")
+    return count
+
+
+def _masks(terms: CharterDraft, participants: tuple[Participant, ...], length: int) -> Masks:
     members = len(participants)
-    length = layout.attention_layout(base_config, rank=terms.adapter.rank).length
     # Under noise 16 bits add less than 1e-5 of its variance; without noise rounding is all the error there is.
     bits = terms.masks.ring_bits or (16 if terms.privacy.mode == "local" else 24)
     survivors = terms.masks.min_survivors or min(members, 2 * members // 3 + 1)
@@ -298,10 +322,12 @@ unit = "patient"
 units_at_most = 512
 
 [adapter]
-#targets = "{adapter.targets}"          # the projections of attention; the only choice of this version
-#rank = {adapter.rank}                      # inner dimension of the low-rank matrices
-#alpha = {adapter.alpha}                   # the adapter is scaled by alpha / rank
+#targets = "{adapter.targets}"          # attention | experts-shared: a pair for a layer's experts | experts: one for each
+#layers = [0, 1]                # default: all of the base
+#rank = {_DEFAULT_RANK}                      # inner dimension; default for experts: 16 over the experts of a token
+#alpha = {2.0 * _DEFAULT_RANK}                   # the adapter is scaled by alpha / rank; default for experts: 2 x rank
 #seed = "{adapter.seed}"                # public: the frozen half of the adapter follows from it
+#train = "{adapter.train}"                    # b: A stays as seeded | both: A trains, too, in mode none only
 
 [recipe]
 #max_tokens = {recipe.max_tokens}               # of one record

@@ -1,69 +1,55 @@
-"""How an adapter lies in a flat vector, in a file, and in PEFT's folder.
+"""How an adapter lies in a flat vector: which matrices it has, which of them train, and where each begins.
 
 An adapter is a set of named fp32 matrices. Those that train are concatenated, in layout order and row-major, into
 **the vector**: what is clipped, noised, coded, summed and named by digest (SHA-256 of its little-endian fp32 bytes).
 Those that do not train are a function of a public seed and are never sent.
 
-The one layout of this version is LoRA on the attention projections with every A frozen (FFA-LoRA, Sun et al. 2024,
-arXiv:2403.12313): A comes from the seed, B starts at zero and trains. Names and folder are PEFT's. numpy only: the
-coordinator has no torch.
+Three sets of matrices can be adapted by LoRA (Hu et al. 2021), each alone:
+
+    attention        q, k, v and o of a layer: one pair (A, B) for each
+    experts-shared   the experts' gate_up and down: one pair for each, shared by all experts of a layer
+    experts          the same with a pair for every expert, as a stack
+
+in all layers or in named ones. A comes from the seed. Either it stays there (FFA-LoRA, Sun et al. 2024,
+arXiv:2403.12313: half the parameters, and no product of two noises) or it trains, too. B starts at zero. Names are
+PEFT's; its files are read and written by `peft_folder.py`. numpy only: the coordinator has no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from foedus_protocols.canonical import digest, digest_json
 from foedus_protocols.errors import CheckpointError, ConfigError
 
 Vector = NDArray[np.float32]
+Targets = Literal["attention", "experts-shared", "experts"]
+Train = Literal["b", "both"]
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# PEFT nests one wrapper of the experts module in another: gate_up's is the inner one.
+EXPERTS = {"gate_up_proj": "experts.base_layer", "down_proj": "experts"}
 
 _MOST_LAYERS = 4096
 _WIRE = np.dtype("<f4")
 
-# Switches of PEFT's LoRA that change what the matrices mean; an adapter that sets one is refused, not misread.
-_PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "alpha_pattern": (None, {}),
-    "arrow_config": (None,),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # Others change the base, too.
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "layers_to_transform": (None,),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One matrix of an adapter.
+    """One matrix of an adapter, or one stack of them.
 
     Attributes:
         name: PEFT's name, as in ``adapter_model.safetensors``.
-        shape: ``(R, in)`` for a lora_A, ``(out, R)`` for a lora_B.
+        shape: ``(R, in)`` for a lora_A, ``(out, R)`` for a lora_B. For experts a stack, ``(P, R, in)`` and
+            ``(P, out, R)``: P is the number of experts, or 1 where they share the pair.
         offset: First element in the trained vector if trained, else in the concatenation of the fixed tensors.
         trained: Whether it is part of the vector.
     """
@@ -81,9 +67,17 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The matrices of an adapter, in the order that every party uses."""
+    """The matrices of an adapter, in the order that every party uses.
+
+    Attributes:
+        tensors: In layer order.
+        num_experts: Of a layer, where the adapter is one of experts; else 0.
+        layers: The adapted layers, where they are named; None for all of the base.
+    """
 
     tensors: tuple[Tensor, ...]
+    num_experts: int = 0
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if len({tensor.name for tensor in self.tensors}) != len(self.tensors):
@@ -117,6 +111,7 @@ class Layout:
         """The layout as JSON."""
         return {
             "dtype": "float32",
+            **({"num_experts": self.num_experts} if self.num_experts else {}),
             "tensors": [
                 {
                     "name": tensor.name,
@@ -129,47 +124,65 @@ class Layout:
         }
 
 
+class _Pair(NamedTuple):
+    """One adapted matrix of every layer: where PEFT hangs its pair, and its widths."""
+
+    place: str
+    fan_in: int
+    fan_out: int
+
+
 def attention_layout(config: Mapping[str, Any], *, rank: int) -> Layout:
-    """LoRA on q, k, v and o of every layer; lora_A fixed, lora_B trained.
+    """LoRA on q, k, v and o of every layer; lora_A fixed, lora_B trained. `adapter_layout` says more."""
+    return adapter_layout(config, targets="attention", rank=rank)
+
+
+def adapter_layout(
+    config: Mapping[str, Any],
+    *,
+    targets: str,
+    rank: int,
+    layers: Sequence[int] | None = None,
+    train: str = "b",
+) -> Layout:
+    """The matrices of an adapter for a base.
 
     Args:
         config: A gpt-oss ``config.json``.
-        rank: R, the inner dimension.
+        targets: ``attention``, ``experts-shared`` or ``experts``.
+        rank: R, the inner dimension of each pair.
+        layers: Which layers, ascending; None for all.
+        train: ``b``: every A stays as the seed gives it. ``both``: A trains from there.
 
     Returns:
-        Tensors in layer order; within a layer q, k, v, o; A before B.
+        Tensors in layer order; within a layer q, k, v, o or gate_up, down; A before B.
 
     Raises:
-        ConfigError: A field is missing or not a positive integer, the rank is not positive, or there are more layers
-            than any model has: the configuration may be somebody else's.
+        ConfigError: A field is missing or not a positive integer, the rank is not positive, a layer is not one of the
+            base, the targets or what trains of them have another name, or there are more layers than any model has:
+            the configuration may be somebody else's.
     """
     if rank < 1:
         raise ConfigError(f"expected a LoRA rank of at least 1, got {rank}")
+    if train not in ("b", "both"):
+        raise ConfigError(f"expected b or both to train, got {train!r}")
+    count = _positive(config, "num_hidden_layers")
+    if count > _MOST_LAYERS:
+        raise ConfigError(f"expected at most {_MOST_LAYERS} layers in the base's config.json, got {count}")
+    named = None if layers is None else _named(layers, count)
     hidden = _positive(config, "hidden_size")
-    heads = _positive(config, "num_attention_heads")
-    head_dim = _positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
-    inner = heads * head_dim
-    key_value = _positive(config, "num_key_value_heads") * head_dim
-    widths = ((hidden, inner), (hidden, key_value), (hidden, key_value), (inner, hidden))  # (in, out) of q, k, v, o
-    layers = _positive(config, "num_hidden_layers")
-    if layers > _MOST_LAYERS:
-        raise ConfigError(f"expected at most {_MOST_LAYERS} layers in the base's config.json, got {layers}")
-    return _attention_layout(widths, layers, rank)
-
-
-@lru_cache(maxsize=16)  # Asked for before each round, and so is the digest that the layout then keeps.
-def _attention_layout(widths: tuple[tuple[int, int], ...], layers: int, rank: int) -> Layout:
-    tensors: list[Tensor] = []
-    offsets = {True: 0, False: 0}
-    for layer in range(layers):
-        for target, (fan_in, fan_out) in zip(TARGETS, widths, strict=True):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            for factor, shape in (("lora_A", (rank, fan_in)), ("lora_B", (fan_out, rank))):
-                trained = factor == "lora_B"
-                name = f"{prefix}.{factor}.weight"
-                tensors.append(Tensor(name=name, shape=shape, offset=offsets[trained], trained=trained))
-                offsets[trained] += tensors[-1].size
-    return Layout(tensors=tuple(tensors))
+    num_experts, stack = 0, 0
+    if targets == "attention":
+        pairs = _attention_pairs(config, hidden)
+    elif targets in ("experts-shared", "experts"):
+        inner = _positive(config, "intermediate_size")
+        num_experts = _positive(config, "num_local_experts")
+        stack = num_experts if targets == "experts" else 1
+        widths = ((hidden, 2 * inner), (inner, hidden))  # (in, out) of gate_up, down
+        pairs = tuple(_Pair(f"mlp.{place}", *width) for place, width in zip(EXPERTS.values(), widths, strict=True))
+    else:
+        raise ConfigError(f"expected the targets attention, experts-shared or experts, got {targets!r}")
+    return _layout(pairs, named or tuple(range(count)), rank, stack, train == "both", num_experts, named)
 
 
 def fixed_tensors(layout: Layout, seed: str) -> dict[str, Vector]:
@@ -181,9 +194,22 @@ def fixed_tensors(layout: Layout, seed: str) -> dict[str, Vector]:
     return {tensor.name: _seeded_matrix(tensor, seed) for tensor in layout.fixed()}
 
 
-def initial_vector(layout: Layout) -> Vector:
-    """Where every run starts: all trained matrices zero, so that the adapter changes nothing.  # (d,)"""
-    return np.zeros(layout.length, dtype=np.float32)
+def initial_vector(layout: Layout, seed: str) -> Vector:
+    """Where every run starts: each trained B zero, so that the adapter changes nothing; a trained A from the seed.
+
+    Returns:
+        float32 (d,), made anew by each call.
+    """
+    vector = np.zeros(layout.length, dtype=np.float32)
+    for tensor in layout.trained():
+        if is_lora_a(tensor):
+            vector[tensor.offset : tensor.offset + tensor.size] = _seeded_matrix(tensor, seed).reshape(-1)
+    return vector
+
+
+def is_lora_a(tensor: Tensor) -> bool:
+    """Whether a tensor is the factor that meets the input."""
+    return ".lora_A." in tensor.name
 
 
 def unflatten(layout: Layout, vector: Vector) -> dict[str, Vector]:
@@ -207,15 +233,15 @@ def flatten(layout: Layout, tensors: Mapping[str, Vector]) -> Vector:
     """
     vector = np.empty(layout.length, dtype=np.float32)  # (d,)
     for tensor in layout.trained():
-        _check_matrix(tensor, tensors.get(tensor.name))
+        check_matrix(tensor.name, tensor.shape, tensors.get(tensor.name))
         vector[tensor.offset : tensor.offset + tensor.size] = tensors[tensor.name].reshape(-1)
     return vector
 
 
-@lru_cache(maxsize=16)  # Asked before each round, and a hash of 100 MB of zeros.
-def initial_digest(layout: Layout) -> str:
+@lru_cache(maxsize=16)  # Asked before each round, and a hash of 100 MB.
+def initial_digest(layout: Layout, seed: str) -> str:
     """The digest of `initial_vector`."""
-    return vector_digest(initial_vector(layout))
+    return vector_digest(initial_vector(layout, seed))
 
 
 def vector_bytes(vector: Vector) -> bytes:
@@ -228,156 +254,68 @@ def vector_digest(vector: Vector) -> str:
     return digest(vector_bytes(vector))
 
 
-def vector_from_bytes(data: bytes, *, length: int) -> Vector:
-    """Read an adapter file.
+def check_matrix(name: str, shape: tuple[int, ...], matrix: Vector | None) -> None:
+    """Check that a matrix is there, of a shape and in fp32.
 
     Raises:
-        CheckpointError: The file has another length.
+        CheckpointError: It is not.
     """
-    if len(data) != 4 * length:
-        raise CheckpointError(f"expected an adapter file of {4 * length} bytes ({length} fp32), got {len(data)}")
-    return np.frombuffer(data, dtype=_WIRE).astype(np.float32)
+    if matrix is None:
+        raise CheckpointError(f"expected the tensor {name}, found none of that name")
+    if matrix.dtype != np.float32 or matrix.shape != shape:
+        raise CheckpointError(
+            f"expected {name} as float32 of shape {shape}, got {matrix.dtype} of shape {matrix.shape}"
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeftAdapter:
-    """A PEFT LoRA folder that fits a layout.
-
-    Attributes:
-        rank: R.
-        alpha: Numerator of the scale alpha / R.
-        base_name: What the adapter's config calls its base; informative only.
-        vector: The trained matrices.  # (d,)
-        fixed: The matrices that did not train, as stored.
-    """
-
-    rank: int
-    alpha: float
-    base_name: str
-    vector: Vector
-    fixed: dict[str, Vector]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeftConfig:
-    """What a folder's ``adapter_config.json`` says; with it and the base's config the layout follows."""
-
-    rank: int
-    alpha: float
-    base_name: str
-
-
-def write_peft(
-    folder: Path, *, layout: Layout, vector: Vector, seed: str, rank: int, alpha: float, base_name: str
-) -> None:
-    """Write an adapter as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Args:
-        folder: Made if absent; files of these names are replaced.
-        layout: Where the matrices are in the vector.
-        vector: The trained matrices.  # (d,)
-        seed: Of the fixed matrices, which are written out so that PEFT needs nothing else.
-        rank: R; must be the layout's.
-        alpha: Numerator of the scale alpha / R.
-        base_name: Shown as ``base_model_name_or_path``.
-
-    Raises:
-        CheckpointError: The vector or the rank does not fit the layout.
-    """
-    _check_rank(layout, rank)
-    tensors = {**fixed_tensors(layout, seed), **unflatten(layout, vector)}
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": base_name,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": list(TARGETS),
-        "target_parameters": None,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(
-        {name: np.ascontiguousarray(matrix) for name, matrix in tensors.items()},
-        folder / ADAPTER_FILE,
-        metadata={"format": "pt"},
+@lru_cache(maxsize=16)  # Asked for before each round, and so is the digest that the layout then keeps.
+def _layout(
+    pairs: tuple[_Pair, ...],
+    layers: tuple[int, ...],
+    rank: int,
+    stack: int,
+    both: bool,
+    num_experts: int,
+    named: tuple[int, ...] | None,
+) -> Layout:
+    return Layout(
+        tensors=tuple(_tensors(pairs, layers, rank, (stack,) if stack else (), both)),
+        num_experts=num_experts,
+        layers=named,
     )
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
-    """Read ``adapter_config.json``.
-
-    Raises:
-        CheckpointError: Missing, not JSON, not plain LoRA on q, k, v, o, or with a switch that changes its meaning.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"expected {path}, found no such file: is this a variant folder?") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"expected JSON in {path}, got text that is not") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise CheckpointError(f"expected peft_type LORA in {path}, got another kind of adapter")
-    for switch, plain in _PLAIN_LORA.items():
-        if switch in config and config[switch] not in plain:
-            raise CheckpointError(f"expected plain LoRA in {path}, got {switch} = {config[switch]!r}")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or sorted(map(str, targets)) != sorted(TARGETS):
-        raise CheckpointError(f"expected target_modules {', '.join(TARGETS)} in {path}, got {targets!r}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not math.isfinite(alpha):
-        raise CheckpointError(f"expected a rank and an alpha in {path}, got r = {rank!r}, lora_alpha = {alpha!r}")
-    return PeftConfig(rank=rank, alpha=float(alpha), base_name=str(config.get("base_model_name_or_path") or ""))
+def _tensors(
+    pairs: tuple[_Pair, ...], layers: tuple[int, ...], rank: int, stack: tuple[int, ...], both: bool
+) -> Iterator[Tensor]:
+    offsets = {True: 0, False: 0}
+    for layer in layers:
+        for pair in pairs:
+            for factor, shape in (("lora_A", (rank, pair.fan_in)), ("lora_B", (pair.fan_out, rank))):
+                trained = both or factor == "lora_B"
+                name = f"base_model.model.model.layers.{layer}.{pair.place}.{factor}.weight"
+                tensor = Tensor(name=name, shape=(*stack, *shape), offset=offsets[trained], trained=trained)
+                offsets[trained] += tensor.size
+                yield tensor
 
 
-def read_peft(folder: Path, layout: Layout) -> PeftAdapter:
-    """Read a PEFT folder whose matrices are exactly those of a layout. Pickled weights are never opened.
+def _attention_pairs(config: Mapping[str, Any], hidden: int) -> tuple[_Pair, ...]:
+    heads = _positive(config, "num_attention_heads")
+    head_dim = _positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+    inner = heads * head_dim
+    key_value = _positive(config, "num_key_value_heads") * head_dim
+    widths = ((hidden, inner), (hidden, key_value), (hidden, key_value), (inner, hidden))  # (in, out) of q, k, v, o
+    return tuple(_Pair(f"self_attn.{target}", *width) for target, width in zip(ATTENTION, widths, strict=True))
 
-    Raises:
-        CheckpointError: A file is missing or malformed, or matrices are missing, left over, misshapen or not fp32.
-    """
-    config = read_peft_config(folder)
-    _check_rank(layout, config.rank)
-    path = folder / ADAPTER_FILE
-    if not path.is_file():
-        pickled = next((item.name for item in sorted(folder.iterdir()) if item.suffix in {".bin", ".pt", ".pth"}), None)
-        found = f"found the pickle {pickled}, which is never opened" if pickled else "found no such file"
-        raise CheckpointError(f"expected {path}, {found}: export the adapter as safetensors")
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, TypeError) as error:
-        raise CheckpointError(f"expected safetensors of fp32 in {path}, got a truncated or foreign file") from error
-    surplus = sorted(tensors.keys() - {tensor.name for tensor in layout.tensors})
-    if surplus:
-        raise CheckpointError(f"expected only the layout's tensors in {path}, got {surplus[0]} too")
-    for tensor in layout.fixed():
-        _check_matrix(tensor, tensors.get(tensor.name))
-    return PeftAdapter(
-        rank=config.rank,
-        alpha=config.alpha,
-        base_name=config.base_name,
-        vector=flatten(layout, tensors),
-        fixed={tensor.name: tensors[tensor.name] for tensor in layout.fixed()},
-    )
+
+def _named(layers: Sequence[int], count: int) -> tuple[int, ...]:
+    """The named layers of a base that has `count`."""
+    named = tuple(layers)
+    if not named or list(named) != sorted(set(named)) or not 0 <= named[0] <= named[-1] < count:
+        raise ConfigError(
+            f"expected the adapted layers ascending, each once, from 0 to {count - 1} for this base, got {list(named)}"
+        )
+    return named
 
 
 def _positive(config: Mapping[str, Any], field: str) -> int:
@@ -399,18 +337,3 @@ def _seeded_matrix(tensor: Tensor, seed: str) -> Vector:
 def _check_vector(length: int, vector: Vector) -> None:
     if vector.dtype != np.float32 or vector.shape != (length,):
         raise CheckpointError(f"expected a float32 vector of {length}, got {vector.dtype} of shape {vector.shape}")
-
-
-def _check_matrix(tensor: Tensor, matrix: Vector | None) -> None:
-    if matrix is None:
-        raise CheckpointError(f"expected the tensor {tensor.name}, found none of that name")
-    if matrix.dtype != np.float32 or matrix.shape != tensor.shape:
-        raise CheckpointError(
-            f"expected {tensor.name} as float32 of shape {tensor.shape}, got {matrix.dtype} of shape {matrix.shape}"
-        )
-
-
-def _check_rank(layout: Layout, rank: int) -> None:
-    inner = {tensor.shape[0 if ".lora_A." in tensor.name else -1] for tensor in layout.tensors}
-    if inner != {rank}:
-        raise CheckpointError(f"expected rank {rank} throughout the layout, got {sorted(inner)}")

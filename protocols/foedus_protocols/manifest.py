@@ -2,7 +2,7 @@
 
 A charter names the base by the SHA-256 of ``manifest.json``; the manifest names the files; so one digest fixes weights,
 configuration and tokenizer. The folder is the released layout of gpt-oss (``config.json``, safetensors in one file or
-in shards with an index, ``tokenizer.json``) with the manifest beside them.
+in shards with an index, ``tokenizer.json``), or the folder ``original/`` of a release, with the manifest beside them.
 
 Only standard library and canonical JSON here: the coordinator verifies a base without torch. What the tensors must look
 like is `foedus_model.checkpoint`'s job.
@@ -19,6 +19,8 @@ from typing import Any, Self
 
 from foedus_protocols.canonical import canonical_bytes, digest, digest_file, parse_canonical
 from foedus_protocols.errors import CheckpointError, VerificationError
+from foedus_protocols.original import is_original, to_released
+from foedus_protocols.progress import Advance, byte_progress
 
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
@@ -35,6 +37,7 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    "dtypes.json",
 )
 _DIGEST_LENGTH = 64
 
@@ -139,8 +142,19 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.decode(data)
 
 
+def verify_config(folder: Path, expect_digest: str | None = None) -> Manifest:
+    """Read a manifest and check the configuration against it, but not yet the weights: for what is cheap to know first.
+
+    Raises:
+        CheckpointError: Another base than expected, no manifest, or a changed configuration.
+    """
+    manifest = _expected_manifest(folder, expect_digest)
+    _verify_file(folder / CONFIG_FILE, manifest.files[CONFIG_FILE])
+    return manifest
+
+
 def verify_manifest(folder: Path, expect_digest: str | None = None) -> Manifest:
-    """Read a manifest and check every file against it.
+    """Read a manifest and check every file against it, with a progress bar where that takes long.
 
     Args:
         folder: The checkpoint folder.
@@ -150,18 +164,14 @@ def verify_manifest(folder: Path, expect_digest: str | None = None) -> Manifest:
         CheckpointError: Another base than expected, a missing, truncated or changed file, a pickle, or weights that
             the manifest does not name.
     """
-    manifest = read_manifest(folder)
-    if expect_digest is not None and manifest.digest != expect_digest:
-        raise CheckpointError(
-            f"expected the base {expect_digest}, got {manifest.digest} in {folder}; "
-            "use the checkpoint that was agreed on"
-        )
+    manifest = _expected_manifest(folder, expect_digest)
     refuse_pickles(folder)
     unnamed = sorted({path.name for path in folder.glob("*.safetensors")} - set(manifest.files))
     if unnamed:
         raise CheckpointError(f"{folder} holds weights that {MANIFEST_FILE} does not name: {', '.join(unnamed)}")
-    for name, entry in manifest.files.items():
-        _verify_file(folder / name, entry)
+    with byte_progress(f"verifying {folder.name}", sum(entry.size for entry in manifest.files.values())) as advance:
+        for name, entry in manifest.files.items():
+            _verify_file(folder / name, entry, advance)
     if quantisation_of(read_config(folder)) != manifest.quantisation:
         raise CheckpointError(f"{MANIFEST_FILE} says {manifest.quantisation!r}, {CONFIG_FILE} says something else")
     return manifest
@@ -180,13 +190,14 @@ def write_manifest(folder: Path, *, provenance: Mapping[str, Any]) -> Manifest:
     config = read_config(folder)
     if not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"expected safetensors files in {folder}, got none")
-    for shard in _shards_of_index(folder):
+    for shard in sorted(set(read_index(folder).values())):
         if shard not in names:
             raise CheckpointError(f"{INDEX_FILE} names {shard}, which is not in {folder}; fetch it again")
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    with byte_progress(f"digesting {folder.name}", sum(sizes.values())) as advance:
+        digests = {name: digest_file(folder / name, advance) for name in names}
     manifest = Manifest(
-        files={
-            name: FileEntry(digest=digest_file(folder / name), size=(folder / name).stat().st_size) for name in names
-        },
+        files={name: FileEntry(digest=digests[name], size=sizes[name]) for name in names},
         quantisation=quantisation_of(config),
         provenance=provenance,
     )
@@ -197,12 +208,22 @@ def write_manifest(folder: Path, *, provenance: Mapping[str, Any]) -> Manifest:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's ``config.json`` as a dictionary.
+    """The model's ``config.json`` as a dictionary, in transformers' field names whatever layout the folder has.
 
     Raises:
-        CheckpointError: Missing, or not a JSON object.
+        CheckpointError: Missing, not a JSON object, or in OpenAI's names and incomplete.
     """
-    return _read_object(folder / CONFIG_FILE)
+    config = _read_object(folder / CONFIG_FILE)
+    return to_released(config) if is_original(config) else config
+
+
+def layout_of(folder: Path) -> str:
+    """Whose names a folder's configuration and tensors have: ``released`` (transformers') or ``original`` (OpenAI's).
+
+    Raises:
+        CheckpointError: No configuration.
+    """
+    return "original" if is_original(_read_object(folder / CONFIG_FILE)) else "released"
 
 
 def quantisation_of(config: Mapping[str, Any]) -> str:
@@ -236,6 +257,16 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
+def _expected_manifest(folder: Path, expect_digest: str | None) -> Manifest:
+    manifest = read_manifest(folder)
+    if expect_digest is not None and manifest.digest != expect_digest:
+        raise CheckpointError(
+            f"expected the base {expect_digest}, got {manifest.digest} in {folder}; "
+            "use the checkpoint that was agreed on"
+        )
+    return manifest
+
+
 def _file_entry(name: str, value: Mapping[str, Any]) -> FileEntry:
     if Path(name).name != name or name in ("", ".", "..", MANIFEST_FILE):
         raise ValueError(f"{name!r} is not the name of a file beside the manifest")
@@ -245,29 +276,32 @@ def _file_entry(name: str, value: Mapping[str, Any]) -> FileEntry:
     return FileEntry(digest=entry_digest, size=size)
 
 
-def _verify_file(path: Path, entry: FileEntry) -> None:
+def _verify_file(path: Path, entry: FileEntry, advance: Advance | None = None) -> None:
     if not path.is_file():
         raise CheckpointError(f"{MANIFEST_FILE} names {path.name}, which is not in {path.parent}; fetch it again")
     size = path.stat().st_size
     if size != entry.size:
         kind = "truncated" if size < entry.size else "too long"
         raise CheckpointError(f"{path}: expected {entry.size} bytes, got {size} ({kind}); fetch it again")
-    found = digest_file(path)
+    found = digest_file(path, advance)
     if found != entry.digest:
         raise CheckpointError(f"{path}: expected the digest {entry.digest}, got {found}; fetch it again")
 
 
-def _shards_of_index(folder: Path) -> list[str]:
-    """The shard names of an index file, or nothing where the weights are one file."""
+def read_index(folder: Path) -> dict[str, str]:
+    """The shard of each tensor by an index file; empty where the weights come without one.
+
+    Raises:
+        CheckpointError: The index is not one.
+    """
     if not (folder / INDEX_FILE).exists():
-        return []
+        return {}
     weight_map = _read_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{folder / INDEX_FILE}: expected a 'weight_map' of tensor names to files")
-    shards = list(weight_map.values())
-    if not all(isinstance(shard, str) for shard in shards):
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX_FILE}: expected file names in 'weight_map', got something else")
-    return sorted(set(shards))
+    return weight_map
 
 
 def _read_object(path: Path) -> dict[str, Any]:

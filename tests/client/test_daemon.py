@@ -18,6 +18,7 @@ from foedus_client.clock import MAX_SKEW_SECONDS
 from foedus_client.config import Home
 from foedus_client.ledger import Ledger
 from foedus_client.life import life_of
+from foedus_client.restoring import state_spent
 from foedus_client.state import ClientState
 from foedus_protocols.charter import verify_charter_signature
 from foedus_protocols.errors import ConnectError, DataError, StateError, VerificationError
@@ -373,6 +374,25 @@ def test_a_charter_that_the_ledger_cannot_judge_is_refused_at_check_10(
 
     monkeypatch.setattr(offers, "admit_charter", judge)
     assert bench.ask(bench.offer()) == CharterAnswer(refused_step=10)
+
+
+@pytest.mark.parametrize("auto_sign", ["true", "false"])
+def test_a_charter_of_a_run_that_a_statement_covers_is_refused_at_check_10(bench: Bench, auto_sign: str) -> None:
+    """Before a person is asked, and before anything is allotted to it."""
+    bench.set_policy(auto_sign=auto_sign)
+    ledger = Ledger(bench.home.ledger)
+    ledger.open_namespace("patients", unit="topic")
+    state_spent(ledger, "patients", [], runs=[RUN], delta=1e-5, cap=8.0)
+    assert bench.ask(bench.offer()) == CharterAnswer(refused_step=10)
+    assert "is covered by a statement and over for us" in bench.state.charter(bench.charter.digest).reason
+    assert ledger.admission(bench.charter.digest) is None
+
+
+def test_a_statement_that_comes_after_the_signature_ends_the_run_before_anything_is_trained(bench: Bench) -> None:
+    bench.sign()
+    state_spent(Ledger(bench.home.ledger), "patients", [], runs=[RUN], delta=1e-5, cap=8.0)
+    assert bench.train() == TrainAnswer(refused_step=10)
+    assert (bench.worker.trained, bench.coordinator.pushed) == (0, [])
 
 
 @pytest.mark.parametrize("where", ["client.db", "ledger.db", "files", "anywhere"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foedus_kernels import experts, mxfp4
+from foedus_kernels import experts, grouped, mxfp4
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -23,7 +23,9 @@ def _pair(scale: float = 0.3) -> tuple[GptOssExperts, experts.PackedExperts]:
     down = mxfp4.encode(dense.down_proj.mT)
     dense.gate_up_proj.copy_(mxfp4.decode(*gate_up).mT)
     dense.down_proj.copy_(mxfp4.decode(*down).mT)
-    return dense, experts.PackedExperts(*gate_up, dense.gate_up_proj_bias, *down, dense.down_proj_bias)
+    return dense, experts.PackedExperts(
+        mxfp4.Mxfp4Weights(*gate_up), dense.gate_up_proj_bias, mxfp4.Mxfp4Weights(*down), dense.down_proj_bias
+    )
 
 
 def _inputs(tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -38,9 +40,9 @@ def _inputs(tokens: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("decode_bytes", [1, 2 * N * K * 4 * 2, experts.DECODE_BYTES])
+@pytest.mark.parametrize("decode_bytes", [1, 2 * N * K * 4 * 2, grouped.DECODE_BYTES])
 def test_equal_to_the_dense_layer(tokens: int, top_k: int, decode_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "DECODE_BYTES", decode_bytes)  # one expert at a time, two, all
+    monkeypatch.setattr(grouped, "DECODE_BYTES", decode_bytes)  # one expert at a time, two, all
     dense, packed = _pair()
     hidden, ids, weights = _inputs(tokens, top_k)
     want = dense(hidden, ids, weights)
@@ -120,7 +122,11 @@ def test_cuda_equals_the_cpu_in_bfloat16() -> None:
     _, packed = _pair()
     hidden, ids, weights = (tensor.detach() for tensor in _inputs(64, 2))
     want = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
-    half = packed._replace(gate_up_bias=packed.gate_up_bias.bfloat16(), down_bias=packed.down_bias.bfloat16())
-    moved = experts.PackedExperts(*(tensor.cuda() for tensor in half))
+    moved = experts.PackedExperts(
+        mxfp4.Mxfp4Weights(*(tensor.cuda() for tensor in packed.gate_up.tensors())),
+        packed.gate_up_bias.bfloat16().cuda(),
+        mxfp4.Mxfp4Weights(*(tensor.cuda() for tensor in packed.down.tensors())),
+        packed.down_bias.bfloat16().cuda(),
+    )
     got = experts.experts_torch(hidden.bfloat16().cuda(), ids.cuda(), weights.bfloat16().cuda(), moved, experts.Gate())
     assert float((got.float().cpu() - want).norm() / want.norm()) < 1e-2

@@ -132,7 +132,7 @@ def _layout_with(name: str, shape: tuple[int, int] = (RANK, 128), *, pair: bool 
     [
         (_layout_with("model.layers.9.self_attn.q_proj"), "layers.9.self_attn.q_proj, which the base does not have"),
         (_layout_with("model.layers.0.mlp.experts.gate_up_proj"), "does not have"),
-        (_layout_with("model.layers.0.mlp.experts"), "Mxfp4Experts and not a plain linear"),
+        (_layout_with("model.layers.0.mlp.experts"), "QuantisedExperts and not a plain linear"),
         (_layout_with("model.layers.0.self_attn.q_proj", (RANK, 64)), r"expected the shape \(4, 128\), got \(4, 64\)"),
         (_layout_with("model.layers.0.self_attn.q_proj", pair=False), "only lora_A"),
     ],

@@ -11,7 +11,7 @@ import torch
 from foedus_kernels import mxfp4
 from foedus_model import presets
 from foedus_model.build import _model_config, _on_meta, load_base
-from foedus_model.experts import Mxfp4Experts
+from foedus_model.experts import QuantisedExperts
 from foedus_model.quantize import quantise
 from foedus_protocols.canonical import digest_file
 from foedus_protocols.errors import CheckpointError, ConfigError
@@ -51,7 +51,7 @@ def test_a_padded_batch_equals_its_rows_alone(base: Path) -> None:
 def test_the_experts_stay_packed_and_everything_is_frozen(base: Path) -> None:
     model = load_base(base)
     experts = [layer.mlp.experts for layer in model.model.layers]
-    assert all(isinstance(module, Mxfp4Experts) for module in experts)
+    assert all(isinstance(module, QuantisedExperts) for module in experts)
     assert all(module.gate_up_proj_blocks.dtype == torch.uint8 for module in experts)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
@@ -138,9 +138,9 @@ def test_tensors_that_do_not_fit_are_refused(
 
 def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> None:
     tensors = quantise(random_state(small_config()), small_config())
-    config = small_config(layer_types=["sliding_attention", "log_sparse_attention"])
+    config = small_config(layer_types=["sliding_attention", "dilated_attention"])
     folder = write_base(config=config, tensors=tensors)
-    with pytest.raises(ConfigError, match="log_sparse_attention"):
+    with pytest.raises(ConfigError, match="got dilated_attention"):
         load_base(folder)
 
 
@@ -153,7 +153,7 @@ def test_another_architecture_is_refused(write_base: Callable[..., Path]) -> Non
 
 @pytest.mark.parametrize(("name", "billions"), [("gpt-oss-20b", 20.91), ("gpt-oss-120b", 116.83)])
 def test_released_presets_have_the_published_number_of_parameters(name: str, billions: float) -> None:
-    model = _on_meta(_model_config(presets.preset(name)), packed=False)
+    model = _on_meta(_model_config(presets.preset(name)), "dense")
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
@@ -163,5 +163,5 @@ def test_an_unknown_preset_is_refused() -> None:
 
 
 def test_tiny_is_small_and_fits_the_format() -> None:
-    model = _on_meta(_model_config(presets.preset("tiny")), packed=True)
+    model = _on_meta(_model_config(presets.preset("tiny")), "mxfp4")
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000

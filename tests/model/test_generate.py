@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from foedus_model import cli, generate
+from foedus_model.chat import plain_prompt
 from foedus_model.checkpoint import open_checkpoint
+from foedus_model.decode import Request, complete
 from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
-from foedus_protocols.layout import attention_layout, vector_digest, write_peft
+from foedus_protocols.layout import attention_layout, vector_digest
+from foedus_protocols.peft_folder import write_peft
 from typer.testing import CliRunner
 
 from .conftest import BYTES
@@ -167,3 +170,13 @@ def test_command_pretrain_refuses_a_full_folder(base: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="new or empty folder"):
         CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_the_same_alone_in_a_batch_and_without_cache(plain: generate.Generator, temperature: float) -> None:
+    sampling = generate.Sampling(max_new_tokens=12, temperature=temperature, seed=3)
+    texts = ["a", "a prompt far beyond the window", "seven.."]
+    requests = [Request(prompt=plain_prompt(plain.tokenizer, text), sampling=sampling) for text in texts]
+    together = [one.ids for one in complete(plain.model, plain.tokenizer, requests)]
+    assert together == [complete(plain.model, plain.tokenizer, [one])[0].ids for one in requests]
+    assert together == [one.ids for one in complete(plain.model, plain.tokenizer, requests, use_cache=False)]
