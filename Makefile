@@ -49,6 +49,7 @@ check: lint types contracts security  ## everything static
 bench: setup     ## rounds beside Flower's SuperLink (BENCH_FLAGS="--repeats 3"), then the private step beside its peers
 	$(BIN)/python tests/bench/rounds.py $(BENCH_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
+	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))

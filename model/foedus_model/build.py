@@ -20,12 +20,12 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
+from foedus_model.attention import gpt_oss_config
 from foedus_model.checkpoint import Checkpoint, open_checkpoint
 from foedus_model.experts import Mxfp4Experts
 
 _LOG = logging.getLogger(__name__)
 _PACKED = ("_blocks", "_scales")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def load_base(
@@ -77,13 +77,9 @@ def _model_config(described: Mapping[str, Any]) -> GptOssConfig:
     """The transformers configuration, without its quantisation (ours is not a transformers quantiser)."""
     if described.get("model_type") != "gpt_oss":
         raise ConfigError(f"expected a model of type gpt_oss, got {described.get('model_type')!r}")
-    unknown = sorted(set(described.get("layer_types") or ()) - _LAYER_TYPES)
-    if unknown:
-        raise ConfigError(f"layers of type {', '.join(unknown)} are not supported by this version")
-    config = GptOssConfig(**{key: value for key, value in described.items() if key != "quantization_config"})
+    config = gpt_oss_config(described)
     # The load-balancing loss couples the records of a batch: private training must never see it.
     config.output_router_logits = False
-    config._attn_implementation = "eager"
     config._experts_implementation = "grouped_mm"
     return config
 

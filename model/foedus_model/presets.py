@@ -1,8 +1,10 @@
 """Model shapes by name, as ``config.json`` dictionaries of transformers' gpt-oss.
 
 ``gpt-oss-120b`` and ``gpt-oss-20b`` repeat the released configurations, for building at the true shape; their weights
-come from a checkpoint. ``tiny`` is the shape of the base that the package ships: small enough for a CPU, with
-everything that makes gpt-oss what it is (sliding and full layers, sinks, routed experts with biases, MXFP4 storage).
+come from a checkpoint. ``moe-16e-32k`` is a configuration of our own, of which nobody has weights: 16 wide experts, and
+log-sparse attention in place of the full layers. ``tiny`` is the shape of the base that the package ships: small enough
+for a CPU, with everything that makes gpt-oss what it is (sliding and full layers, sinks, routed experts with biases,
+MXFP4 storage).
 """
 
 from __future__ import annotations
@@ -12,19 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from foedus_protocols.errors import ConfigError
+from foedus_protocols.original import MXFP4
 
 TINY = Path(__file__).parent / "tiny"
 """The base that the package ships, of the shape `tiny`."""
 
-QUANTISATION: dict[str, Any] = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
+QUANTISATION = MXFP4
 
 
 def _layer_types(layers: int) -> list[str]:
@@ -117,6 +112,20 @@ def tiny(
     }
 
 
+def _moe_16e_32k() -> dict[str, Any]:
+    """16 experts (4 a token), log-sparse layers, 32,768 tokens with plain RoPE, 119,991,715,200 parameters.
+
+    The experts' width is the multiple of 32 that brings the total nearest to 120 B.
+    """
+    return _gpt_oss(layers=36, experts=16) | {
+        "intermediate_size": 23680,
+        "layer_types": ["log_sparse_attention" if layer % 2 else "sliding_attention" for layer in range(36)],
+        "log_sparse_pattern": {"block": 64, "window": 3, "first": 1},
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    }
+
+
 def preset(name: str) -> dict[str, Any]:
     """The configuration of a preset.
 
@@ -130,4 +139,6 @@ def preset(name: str) -> dict[str, Any]:
             return _gpt_oss(layers=24, experts=32)
         case "gpt-oss-120b":
             return _gpt_oss(layers=36, experts=128)
-    raise ConfigError(f"expected the preset tiny, gpt-oss-20b or gpt-oss-120b, got {name!r}")
+        case "moe-16e-32k":
+            return _moe_16e_32k()
+    raise ConfigError(f"expected the preset tiny, gpt-oss-20b, gpt-oss-120b or moe-16e-32k, got {name!r}")

@@ -16,6 +16,9 @@ import rfc8785
 from foedus_protocols.errors import VerificationError
 
 _READ_BYTES = 1 << 20
+# An empty list of two bytes takes 60 in memory. Documents larger than this have fewer parts than one in so many bytes.
+_SMALL_BYTES = 1 << 20
+_BYTES_A_PART = 32
 
 
 def canonical_bytes(value: Any) -> bytes:
@@ -27,8 +30,11 @@ def parse_canonical(data: bytes) -> Any:
     """Decode JSON that must be in canonical form.
 
     Raises:
-        VerificationError: The bytes are not JSON, or not the canonical encoding of what they say.
+        VerificationError: The bytes are not JSON, or not the canonical encoding of what they say; or they are so many
+            brackets that they would take a multiple of their size in memory.
     """
+    if len(data) > _SMALL_BYTES and data.count(b"[") + data.count(b"{") > len(data) // _BYTES_A_PART:
+        raise VerificationError(f"expected a document of values, got {len(data)} bytes that are mostly brackets")
     try:
         value = json.loads(data)
         again = canonical_bytes(value)

@@ -24,6 +24,9 @@ from foedus_protocols.messages import Digest, OrgId, Signature
 ROSTER_CONTEXT = "foedus/roster/1"
 MAX_ROSTER_BYTES = 1 << 20
 
+# What canonical JSON can write; text that reads like a number is none.
+_Counter = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
+
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -40,7 +43,7 @@ class Member(_Model):
     id: OrgId
     signing_key: PublicKey
     tls_name: str
-    since: int = Field(ge=0)
+    since: _Counter
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +55,7 @@ class Roster(_Model):
     """One version of the member list, sorted by id."""
 
     federation: str
-    version: int = Field(ge=0)
+    version: _Counter
     previous: Digest | None
     members: tuple[Member, ...]
 

@@ -138,9 +138,9 @@ def test_tensors_that_do_not_fit_are_refused(
 
 def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> None:
     tensors = quantise(random_state(small_config()), small_config())
-    config = small_config(layer_types=["sliding_attention", "log_sparse_attention"])
+    config = small_config(layer_types=["sliding_attention", "dilated_attention"])
     folder = write_base(config=config, tensors=tensors)
-    with pytest.raises(ConfigError, match="log_sparse_attention"):
+    with pytest.raises(ConfigError, match="got dilated_attention"):
         load_base(folder)
 
 
