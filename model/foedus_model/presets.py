@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from foedus_protocols.errors import ConfigError
-from foedus_protocols.original import MXFP4
 
 TINY = Path(__file__).parent / "tiny"
 """The base that the package ships, of the shape `tiny`."""
 
-QUANTISATION = MXFP4
+QUANTISATION: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
 
 
 def _layer_types(layers: int) -> list[str]:
