@@ -262,7 +262,7 @@ def test_a_base_with_log_sparse_layers_loads_packed_and_trains(write_base: Calla
 
 def test_moe_16e_32k_has_120_billion_parameters_and_fits_the_format() -> None:
     config = presets.preset("moe-16e-32k")
-    model = _on_meta(_model_config(config), packed=False)
+    model = _on_meta(_model_config(config), "dense")
     assert sum(parameter.numel() for parameter in model.parameters()) == 119_991_715_200
     assert config["intermediate_size"] % 32 == 0
     one_group = 36 * 16 * 32 * (3 * 2880 + 2)  # What 32 more columns would add.
