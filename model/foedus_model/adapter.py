@@ -122,7 +122,7 @@ def attach(
     model.requires_grad_(False)
     trained = [parameters[tensor.name].requires_grad_(True) for tensor in layout.trained()]
     adapter = AttachedAdapter(model=model, layout=layout, trained=trained)
-    adapter.load_vector(initial_vector(layout))
+    adapter.load_vector(initial_vector(layout, seed))
     return adapter
 
 
