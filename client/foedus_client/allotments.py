@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from foedus_protocols import accounting
 from foedus_protocols.accounting import Event
 from foedus_protocols.charter import less_slack
-from foedus_protocols.errors import BudgetExhausted
+from foedus_protocols.errors import BudgetExhausted, StateError
 
 from foedus_client.chain import Entry
 
@@ -64,6 +64,8 @@ class Allotment:
         abandoned: The ledger was found to be an older copy while this charter was open: words of it may have left that
             no entry tells of. Everything allotted counts until the next order's round was charged.
         restored: How many reservations were written down afterwards, from receipts or as abandoned.
+        extends: The charter of the run that this one goes on from; None where it begins one.
+        why: How its share was released: the run's outcome, ``expired``, ``left``; None while it is open.
     """
 
     admission: Admission
@@ -73,6 +75,8 @@ class Allotment:
     filter_order: float | None
     expires: int
     details: Mapping[str, Any]
+    extends: str | None = None
+    why: str | None = None
     open: bool = True
     expired: bool = False
     abandoned: bool = False
@@ -152,6 +156,7 @@ def _apply(entry: Entry, allotment: Allotment) -> None:
     """What a later entry about a charter does to its allotment."""
     if entry.kind == "release":
         allotment.close()
+        allotment.why = entry.body["why"]
     elif entry.kind == "abandon":
         allotment.abandoned = True
     elif entry.run is not None and entry.round is not None:
@@ -259,6 +264,16 @@ def require_covered(allotment: Allotment, event: Event | None) -> None:
         )
 
 
+def require_not_stated(accounts: Iterable[Account], run: str) -> None:
+    """Check that no person's statement covers a run, in whatever namespace: its spending may be stated in another one.
+
+    Raises:
+        StateError: One does.
+    """
+    if any(run in account.stated_runs for account in accounts):
+        raise StateError(f"expected a run that goes on, {run!r} is covered by a statement and over for us")
+
+
 def _slack(allotments: Iterable[Charge], cap: float) -> float:
     """What the noise tables of some charters cost at one cap; each was admitted at the cap of its day."""
     return sum(one.delta_slack * (1.0 + math.exp(cap)) / (1.0 + math.exp(one.cap)) for one in allotments)
@@ -278,6 +293,7 @@ def _allotment(entry: Entry) -> Allotment:
         filter_order=entry.body["filter_order"],
         expires=int(entry.body["expires"]),
         details=entry.body["details"],
+        extends=entry.body.get("extends"),
     )
 
 

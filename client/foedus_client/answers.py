@@ -159,15 +159,16 @@ class Answers:
             state=self.state,
             ledger=self.ledger,
             pull=ports.pull,
-            view=lambda: replace(
-                self._view("sign"), earlier=lambda charter: replay.earlier(charter, self.us.org, ports)
+            view=lambda run: replace(
+                self._view("sign", run),
+                earlier=lambda charter: replay.earlier(charter, self.us.org, ports, self.ledger),
             ),
             auto_sign=lambda: policy.load(self.home.policy).auto_sign,
             signing_key=self.signing_key,
             waiting=self._waiting,
         )
 
-    def _view(self, stage: Stage) -> OrgView:
+    def _view(self, stage: Stage, run: str) -> OrgView:
         return org_view(
             self.us,
             policy=policy.load(self.home.policy),
@@ -175,6 +176,7 @@ class Answers:
             rosters=self.rosters,
             signing_key=self.signing_key,
             stage=stage,
+            run=run,
             now=self.clock(),
         )
 
@@ -201,7 +203,7 @@ class Answers:
 
     def _make_seat(self, data: bytes, record: CharterRecord) -> Seat:
         def check(agreement: Agreement, spends: bool) -> None:
-            view = self._view("round")
+            view = self._view("round", record.run)
             if not spends:
                 view = replace(view, budget=_nothing_to_cover)
             check_charter(data, record.digest, record.operator_signature, view, stage="round", agreement=agreement)

@@ -16,15 +16,25 @@ from foedus_client.allotments import Judgement
 from foedus_client.ledger import Admission, Ledger
 
 
-def budget_check(ledger: Ledger, limits: Limits, stage: Stage) -> Callable[[Charter, Participant], None]:
+def budget_check(
+    ledger: Ledger, limits: Limits, stage: Stage, run: str | None = None
+) -> Callable[[Charter, Participant], None]:
     """The ledger's answer to check 10, as `OrgView.budget` takes it.
 
     The returned function raises BudgetExhausted or StateError. It writes nothing but the chain of a namespace that
     has none.
+
+    Args:
+        ledger: The organisation's ledger.
+        limits: Its policy.
+        stage: Before signing, or before a round.
+        run: Under which the charter comes: one that a person's statement covers is over for us, and refused.
     """
 
     def check(charter: Charter, mine: Participant) -> None:
         namespace = limits.namespaces[charter.purpose]
+        if run is not None:
+            ledger.require_not_stated(run)
         if stage == "round":
             ledger.require_allotted(namespace.name, charter.digest, round_event(charter, mine))
             return
@@ -40,6 +50,7 @@ def expected_epsilon(ledger: Ledger, limits: Limits, charter: Charter, org: str)
 
     Raises:
         BudgetExhausted: The cap would be passed.
+        StateError: Another charter goes on from the run that this one extends.
         VerificationError: The charter does not name us, or its noise tables' slack leaves nothing of delta.
     """
     mine = charter.participant(org)
@@ -52,6 +63,7 @@ def expected_epsilon(ledger: Ledger, limits: Limits, charter: Charter, org: str)
         namespace.delta,
         namespace.epsilon_cap,
         delta_slack=_slack(charter, mine, namespace),
+        extends=_extended(charter),
     )
 
 
@@ -62,7 +74,8 @@ def admit_charter(
 
     Raises:
         BudgetExhausted: Something else was admitted since, and the cap would now be passed. Nothing was signed.
-        StateError: The charter was left before, after rounds of it were spent.
+        StateError: The charter was left before, after rounds of it were spent, or another one goes on from the run
+            that it extends.
     """
     mine = charter.participant(org)
     namespace = limits.namespaces[charter.purpose]
@@ -76,6 +89,7 @@ def admit_charter(
         expires=charter.expires,
         sign=lambda: sign_charter(signing_key, charter.digest),
         delta_slack=_slack(charter, mine, namespace),
+        extends=_extended(charter),
         details={
             "name": charter.name,
             "mode": charter.privacy.mode,
@@ -85,6 +99,10 @@ def admit_charter(
             "rounds": charter.privacy.rounds,
         },
     )
+
+
+def _extended(charter: Charter) -> str | None:
+    return None if charter.extends is None else charter.extends.charter
 
 
 def _slack(charter: Charter, mine: Participant, namespace: UnitNamespace) -> float:

@@ -96,16 +96,18 @@ def _check(place: Home, state: ClientState, record: CharterRecord) -> None:
     us = place.membership()
     # The daemon has fetched what an extension goes on from, and kept where it leads, before it asked a person.
     sources = Sources(state=state, store=store, pull=lambda digest, _most: store.path(digest), work=place.work)
+    ledger = open_ledger(place.ledger, state)
     view = org_view(
         us,
         policy=policy.load(place.policy),
-        ledger=open_ledger(place.ledger, state),
+        ledger=ledger,
         rosters=remembered(state, sources.pull),
         signing_key=load_signing_key(place.signing_key),
         stage="sign",
+        run=record.run,
         now=time.time(),
     )
-    view = replace(view, earlier=lambda charter: replay.earlier(charter, us.org, sources))
+    view = replace(view, earlier=lambda charter: replay.earlier(charter, us.org, sources, ledger))
     data = store.path(record.digest).read_bytes()
     check_charter(data, record.digest, record.operator_signature, view, stage="sign")
 

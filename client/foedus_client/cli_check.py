@@ -107,6 +107,7 @@ def _refused(charter: Charter, record: CharterRecord | None, place: Home) -> Pol
             rosters=rosters,
             signing_key=load_signing_key(place.signing_key),
             stage="sign",
+            run=record.run,
             now=time.time(),
         )
         check_charter(charter.canonical(), record.digest, record.operator_signature, view, stage="sign")

@@ -9,7 +9,6 @@ be answered is put aside while others go on. Nothing listens here.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from foedus_protocols.backoff import Backoff, start_when_there_is_space
 from foedus_protocols.channel import split_address
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
@@ -58,7 +58,6 @@ _TROUBLE_PAUSE = 60.0
 _REPEAT_SECONDS = 300.0
 _STALE_PART_SECONDS = 7 * 86_400.0
 _IDLE = "waiting for messages"
-_random = secrets.SystemRandom()
 
 
 class Stopped(Exception):
@@ -91,7 +90,7 @@ class Link(Protocol):
 
 
 def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) -> None:
-    """Be the organisation's daemon until `stop` is set.
+    """Be the organisation's daemon until `stop` is set. A full disk at the start is waited out.
 
     Args:
         home: A joined organisation's home.
@@ -106,16 +105,20 @@ def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) 
     proxy = choose(home.load().proxy, split_address(us.link)[0])
     by = "directly" if proxy is None else f"through the proxy {proxy.shown} (from {proxy.source})"
     _LOG.info("dialling %s %s", us.link, by)
-    home.make()
-    sweep(home.root)
-    policy.load(home.policy)
-    with HomeLock(home.lock), ClientState(home.state) as state:
-        child = WorkerProcess(home.work, stderr=home.worker_log)
-        try:
-            daemon = Daemon(home, us, state=state, worker=worker or child, stop=stop)
-            daemon.serve(lambda: LinkClient(us.link, home.tls, proxy=us.proxy))
-        finally:
-            child.stop()
+
+    def serve() -> None:
+        home.make()
+        sweep(home.root)
+        policy.load(home.policy)
+        with HomeLock(home.lock), ClientState(home.state) as state:
+            child = WorkerProcess(home.work, stderr=home.worker_log)
+            try:
+                daemon = Daemon(home, us, state=state, worker=worker or child, stop=stop)
+                daemon.serve(lambda: LinkClient(us.link, home.tls, proxy=us.proxy))
+            finally:
+                child.stop()
+
+    start_when_there_is_space(serve, stop=stop, say=_LOG.error)
 
 
 class Daemon:
@@ -153,14 +156,14 @@ class Daemon:
             ConfigError: The first time that it dials: address, proxy or key files are not usable.
         """
         self._heart.started()
-        pause, dialled = _FIRST_PAUSE, False
+        backoff, dialled = Backoff(_FIRST_PAUSE, _TROUBLE_PAUSE), False
         while not self._stop.is_set():
             longest = _TROUBLE_PAUSE
             try:
                 with self._open(dial()) as link:
                     dialled = True
                     self.greet(link)
-                    pause = _FIRST_PAUSE
+                    backoff.reset()
                     self._answer_all(link)
             except Stopped:
                 break
@@ -173,13 +176,12 @@ class Daemon:
                 self._say(logging.ERROR, str(error))
             except FoedusError as error:  # What the other side says, and a full disk, are no reason to end here.
                 self._say(logging.ERROR, str(error))
-                pause = max(pause, _LONGEST_PAUSE)
+                backoff.at_least(_LONGEST_PAUSE)
             except Exception as error:  # Nor is a defect: the process is what keeps the organisation's state.
                 self._say(logging.ERROR, f"unexpected: {frames_of(error)}")
-                pause = max(pause, _LONGEST_PAUSE)
+                backoff.at_least(_LONGEST_PAUSE)
             self._heart.disconnected()
-            self._stop.wait(pause * _random.uniform(0.5, 1.5))
-            pause = min(pause * 2, longest)
+            self._stop.wait(backoff.pause(longest))
         self._heart.disconnected()
 
     @contextmanager

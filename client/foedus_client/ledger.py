@@ -41,7 +41,9 @@ from foedus_client.allotments import (
     judge,
     merge_events,
     require_covered,
+    require_not_stated,
 )
+from foedus_client.branches import require_only_extension
 from foedus_client.chain import Chain, Entry, Transaction
 
 __all__ = ["Admission", "Entry", "Ledger"]
@@ -113,6 +115,7 @@ class Ledger:
         expires: int,
         sign: Callable[[], str],
         delta_slack: float = 0.0,
+        extends: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> Admission:
         """Sign a charter and set its events aside, or refuse: check 10 at signing.
@@ -126,6 +129,7 @@ class Ledger:
             expires: Unix seconds after which nothing can be reserved and what is unspent is free.
             sign: Called once, inside the transaction, when the budget was found to suffice; its result is stored.
             delta_slack: What the noise table costs this charter (`charter.noise_slack` at `cap`).
+            extends: The charter of the run that this one goes on from.
             details: Further public facts for the entry: unit, clip, run name.
 
         Returns:
@@ -138,7 +142,8 @@ class Ledger:
 
         Raises:
             BudgetExhausted: The cap would be passed. Nothing was written, nothing signed.
-            StateError: No such namespace, or this charter was left after rounds of it were spent.
+            StateError: No such namespace, this charter was left after rounds of it were spent, or another charter goes
+                on from the same run (`branches.py`).
             VerificationError: The noise tables' slack at this cap leaves nothing of delta.
         """
         terms = (events, delta, cap, delta_slack)
@@ -153,6 +158,7 @@ class Ledger:
                 if (held := self._held(known, charter_digest)) is not None:
                     return held
                 judged = self._fitting(namespace, known, *terms)
+            self._require_only_extension(transaction, charter_digest, extends)
             self._release_expired(transaction, namespace, known)
             body = {
                 "events": [asdict(event) for event in events],
@@ -165,7 +171,7 @@ class Ledger:
                 "expires": expires,
                 "signature": sign(),
                 "details": dict(details or {}),
-            }
+            } | ({} if extends is None else {"extends": extends})
             return admission(transaction.append(namespace, "allot", body, charter=charter_digest))
 
     def _held(self, known: Account, charter_digest: str) -> Admission | None:
@@ -190,6 +196,7 @@ class Ledger:
         cap: float,
         *,
         delta_slack: float = 0.0,
+        extends: str | None = None,
     ) -> Judgement:
         """Ask what `admit` would say, and write nothing: a person may still take days to decide.
 
@@ -198,14 +205,19 @@ class Ledger:
 
         Raises:
             BudgetExhausted: The cap would be passed.
-            StateError: No such namespace.
+            StateError: No such namespace, or another charter goes on from the same run.
             VerificationError: The noise tables' slack at this cap leaves nothing of delta.
         """
         with self._chain.transaction() as transaction:
             known = fold(transaction.require(namespace))
-        if (mine := known.allotments.get(charter_digest)) is not None and mine.open:
-            return Judgement(mine.admission.epsilon, mine.admission.accountant, mine.filter_order)
+            if (mine := known.allotments.get(charter_digest)) is not None and mine.open:
+                return Judgement(mine.admission.epsilon, mine.admission.accountant, mine.filter_order)
+            self._require_only_extension(transaction, charter_digest, extends)
         return self._fitting(namespace, known, events, delta, cap, delta_slack)
+
+    def _require_only_extension(self, transaction: Transaction, charter_digest: str, extends: str | None) -> None:
+        if extends is not None:
+            require_only_extension(_accounts(transaction).values(), charter_digest, extends, now=self._clock())
 
     def _fitting(
         self, namespace: str, known: Account, events: Sequence[Event], delta: float, cap: float, delta_slack: float
@@ -248,7 +260,7 @@ class Ledger:
 
         Args:
             charter_digest: The charter.
-            why: For the entry: ``ended``, ``left``.
+            why: For the entry: the run's outcome, ``left``, or ``ended`` where the outcome is not known.
         """
         with self._chain.transaction() as transaction:
             for namespace, allotment in _find(transaction, charter_digest):
@@ -256,6 +268,15 @@ class Ledger:
                     transaction.append(namespace, "release", {"why": why}, charter=charter_digest)
 
     # --- Rounds ------------------------------------------------------------------------------------------------------
+
+    def require_not_stated(self, run: str) -> None:
+        """Check that no person's statement covers a run: what it spent is charged already, and it is over for us.
+
+        Raises:
+            StateError: One does.
+        """
+        with self._chain.transaction() as transaction:
+            require_not_stated(_accounts(transaction).values(), run)
 
     def require_allotted(self, namespace: str, charter_digest: str, event: Event | None) -> None:
         """Check 10 before a round: one more round of this charter is covered by its allotment.
@@ -292,9 +313,7 @@ class Ledger:
                         f"{words_digest[:12]}: send the reserved ones; a round is spent once"
                     )
                 return first
-            # In any namespace: a person may have stated the run's spending in another one than it draws on now.
-            if any(run in fold(transaction.read(name)).stated_runs for name in transaction.namespaces()):
-                raise StateError(f"expected a run that goes on, {run!r} is covered by a statement and over for us")
+            require_not_stated(_accounts(transaction).values(), run)
             mine = self._in_force(known, namespace, charter_digest)
             if mine.abandoned:
                 raise StateError(f"expected the open round of {run!r} to be abandoned first: this is an older copy")
@@ -352,15 +371,11 @@ class Ledger:
     def accounts(self) -> dict[str, Account]:
         """Every namespace as its chain tells it, all of one instant."""
         with self._chain.transaction() as transaction:
-            return {name: fold(transaction.read(name)) for name in transaction.namespaces()}
+            return _accounts(transaction)
 
     def spent(self, namespace: str) -> tuple[Event, ...]:
         """Everything reserved or stated so far, equal events merged."""
         return merge_events(event for one in self._charges(namespace) for event in one.spent)
-
-    def allotted(self, namespace: str) -> tuple[Event, ...]:
-        """Everything that counts against the cap: spent events, and all events of charters that hold an allotment."""
-        return merge_events(event for one in self._charges(namespace) for event in one.charged())
 
     def epsilon_spent(self, namespace: str, delta: float) -> float:
         """The epsilon at `delta` of everything spent so far, by the accountant that its history allows."""
@@ -370,10 +385,6 @@ class Ledger:
         """The chain of a namespace, oldest first."""
         with self._chain.transaction() as transaction:
             return transaction.require(namespace)
-
-    def head(self, namespace: str) -> str:
-        """The digest of the newest entry."""
-        return self.entries(namespace)[-1].digest
 
     def export(self) -> list[bytes]:
         """The canonical JSON of every entry, by namespace and place. The SHA-256 of one is `previous` in the next."""
@@ -395,6 +406,10 @@ class Ledger:
 
     def _charges(self, namespace: str) -> list[Charge]:
         return fold(self.entries(namespace)).charges
+
+
+def _accounts(transaction: Transaction) -> dict[str, Account]:
+    return {name: fold(transaction.read(name)) for name in transaction.namespaces()}
 
 
 def _find(transaction: Transaction, charter_digest: str) -> list[tuple[str, Allotment]]:

@@ -92,9 +92,10 @@ def org_view(
     rosters: list[Roster],
     signing_key: Ed25519PrivateKey,
     stage: Stage,
+    run: str,
     now: float,
 ) -> OrgView:
-    """Everything that `check_charter` compares a charter with."""
+    """Everything that `check_charter` compares a charter of a run with."""
     limits = policy.limits()
     return OrgView(
         org=us.org,
@@ -104,7 +105,7 @@ def org_view(
         rosters=rosters,
         limits=limits,
         base_configs=held_bases(policy),
-        budget=budget_check(ledger, limits, stage),
+        budget=budget_check(ledger, limits, stage, run),
         now=now,
     )
 

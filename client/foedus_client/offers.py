@@ -34,7 +34,7 @@ class OfferDesk:
     """What a decision needs.
 
     Attributes:
-        view: The organisation's knowledge at the stage of signing; read afresh for each offer.
+        view: The organisation's knowledge at the stage of signing, for one run; read afresh for each offer.
         auto_sign: The policy's word on signing without a person; read afresh.
         waiting: Offers that passed the checks and wait for a person; they are checked again when one has decided.
     """
@@ -42,7 +42,7 @@ class OfferDesk:
     state: ClientState
     ledger: Ledger
     pull: Callable[[str, int], Path]
-    view: Callable[[], OrgView]
+    view: Callable[[str], OrgView]
     auto_sign: Callable[[], bool]
     signing_key: Ed25519PrivateKey
     waiting: set[str] = field(default_factory=set)
@@ -75,7 +75,7 @@ def consider(offer: CharterOffer, run: str, desk: OfferDesk) -> tuple[CharterAns
     if record.state in ("refused", "declined", "closed"):
         return _refused(record.refused_step or PERSON_DECLINED, digest, run)
     try:
-        view = desk.view()
+        view = desk.view(run)
         charter = check_charter(data, digest, offer.operator_signature, view, stage="sign")
         if not desk.auto_sign() and record.state != "approved":
             _ask(record, desk)

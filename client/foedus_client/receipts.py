@@ -354,7 +354,7 @@ def _abandon(ledger: Ledger, book: _Book, state: ClientState, events: _Events) -
         for made in state.rounds(charter):
             one = _Spent(charter=charter, run=record.run, round=made.round, words=made.words, receipt=made.receipt)
             restore(ledger, namespace, charter, one.run, one.round, events.of(one), one.words, one.receipt)
-        ledger.release_allotment(charter)
+        ledger.release_allotment(charter, why="left" if state.was_left(charter) else "ended")
 
 
 def _take_over(spent: Sequence[_Spent], state: ClientState) -> None:

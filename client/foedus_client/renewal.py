@@ -28,13 +28,12 @@ from foedus_protocols.certificates import (
 )
 from foedus_protocols.errors import ConnectError, StateError, VerificationError
 from foedus_protocols.files import write_durably
-from foedus_protocols.hello import MINOR, PROGRAM, PROTOCOL, HelloAnswer, HelloRequest
+from foedus_protocols.hello import MINOR, PROGRAM, PROTOCOL, RENEWAL_MINOR, HelloAnswer, HelloRequest
 from foedus_protocols.identity import PeerName, load_tls_key
 
 from foedus_client.config import Home, Membership
 
 _LOG = logging.getLogger("foedus.client")
-_SINCE_MINOR = 1  # Coordinators that speak less know nothing of renewal.
 
 
 def introduction(home: Home, us: Membership, *, receipts_from: int = 0, request: bytes | None = None) -> HelloRequest:
@@ -93,7 +92,7 @@ def renew_if_due(
         TLS key and our own name, of a trusted CA, and valid now. A kill at any instant leaves files that
         `TlsFiles.read` accepts.
     """
-    if answer.minor < _SINCE_MINOR:
+    if answer.minor < RENEWAL_MINOR:
         return False
     now = now or datetime.now(UTC)
     told: list[x509.Certificate] | None = None

@@ -29,6 +29,8 @@ from foedus_protocols.errors import VerificationError
 from foedus_protocols.files import disk_errors
 from foedus_protocols.messages import MAX_HISTORY_BYTES, ClosedRound, History
 
+from foedus_client.branches import extensions
+from foedus_client.ledger import Ledger
 from foedus_client.life import require_not_left
 from foedus_client.seat import Course, Sources
 from foedus_client.state import RoundRecord
@@ -119,10 +121,11 @@ def start(course: Course, ports: Sources) -> Position:
     return position
 
 
-def earlier(charter: Charter, org: str, ports: Sources) -> Earlier:
+def earlier(charter: Charter, org: str, ports: Sources, ledger: Ledger) -> Earlier:
     """What an extension goes on from, recomputed before it is signed (check 8).
 
     The position is kept for the first round, and the sums of the ended runs, which it no longer needs, are erased.
+    Rounds of other extensions of these runs, which the ledger knows, count as spent with theirs (`branches.py`).
 
     Raises:
         VerificationError: A charter of the chain was not signed here or has other terms, a history contradicts what was
@@ -141,7 +144,9 @@ def earlier(charter: Charter, org: str, ports: Sources) -> Earlier:
     if position is None or position.after or position.digest != charter.adapter.initial_digest:
         position = start(course, ports)
         _save(position, course, ports)
-    rounds = sum(_rounds_seen(one, ports) for one in ended)
+    chain = {one.digest for one in ended}
+    others = {other for one in chain for other in extensions(ledger.accounts().values(), one)} - chain
+    rounds = sum(_rounds_seen(one, ports) for one in chain | (others - {charter.digest}))
     return Earlier(charters=tuple(one.charter for one in reversed(ended)), adapter=position.digest, rounds=rounds)
 
 
@@ -176,10 +181,10 @@ def _end_of(extends: Extends, course: Course, ports: Sources) -> Position:
     return position
 
 
-def _rounds_seen(ended: Course, ports: Sources) -> int:
+def _rounds_seen(charter: str, ports: Sources) -> int:
     """How many rounds of an ended run were opened, as far as we saw: those that we made words for, and closed ones."""
-    made = [one.round for one in ports.state.rounds(ended.digest)]
-    closed = [entry.round for entry in ports.state.history(ended.digest)]
+    made = [one.round for one in ports.state.rounds(charter)]
+    closed = [entry.round for entry in ports.state.history(charter)]
     return max([*made, *closed], default=0)
 
 

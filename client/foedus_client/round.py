@@ -145,7 +145,7 @@ def close(notice: CloseNotice, run: str, ports: Ports) -> tuple[CloseAnswer, Per
     organisation refused, or whose data it no longer has, is closed alike.
     """
     charter = notice.charter_digest
-    ports.ledger.release_allotment(charter)
+    ports.ledger.release_allotment(charter, why=notice.outcome)
     agreement, history = ports.state.charter(charter).agreement, ports.state.fact(_history_fact(charter))
     for digest in (agreement, history):
         if digest is not None:

@@ -49,6 +49,7 @@ def extend(
     _require_newest(opened, run)
     old = Charter.parse(opened.files.path(row.charter_digest).read_bytes())
     history, opened_rounds = _history(opened, row)
+    opened_rounds += _rounds_of_failed(opened, run)
     if not history.rounds:
         raise StateError(f"expected a run with a closed round to go on from, {run} has none: start a run of its own")
     progress_console.print(f"replaying {len(history.rounds)} closed rounds of {run}", markup=False, highlight=False)
@@ -98,12 +99,20 @@ def _require_ended(row: RunRow) -> None:
 
 
 def _require_newest(home: Home, run: str) -> None:
-    """A run is gone on with once: two branches would each leave out what the other one spends."""
+    """A run is gone on with once: two branches would each leave out what the other one spends.
+
+    An extension that failed or was refused spends nothing more, and what it spent is counted (`_rounds_of_failed`).
+    """
     for other in home.storage.runs():
         if other.extends == run and (other.state != "finished" or other.outcome in ("complete", "stopped")):
             raise StateError(
                 f"expected a run that was not extended yet, {run} goes on as {other.id}: extend that one instead"
             )
+
+
+def _rounds_of_failed(home: Home, run: str) -> int:
+    """Rounds that extensions of a run opened before they failed: spent, though no later run goes on from them."""
+    return sum(len(home.storage.rounds(other.id)) for other in home.storage.runs() if other.extends == run)
 
 
 def _history(home: Home, row: RunRow) -> tuple[History, int]:

@@ -8,13 +8,13 @@ is closed as failed with it as the reason, so that nobody waits for a run that w
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from foedus_protocols.backoff import Backoff
 from foedus_protocols.errors import FoedusError
 from foedus_protocols.files import DiskTrouble
 from foedus_protocols.logs import frames_of
@@ -30,7 +30,6 @@ SAME_ERROR_TRIES = 8
 _WELL_SECONDS = 600.0  # After a try that went well for so long an error counts as a new one.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _PASSING = (OSError, SQLAlchemyError, MemoryError, DiskTrouble)
-_random = secrets.SystemRandom()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,8 @@ def keep_going(
         report: Takes the trouble that the run is in, and None when the run has ended. That it goes well again is for
             `play` to report.
     """
-    pause, last, tries, since = _FIRST_PAUSE, "", 0, 0.0
+    backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE, spread=0.25)
+    last, tries, since = "", 0, 0.0
     while not stop.is_set():
         begun = time.monotonic()
         try:
@@ -76,7 +76,8 @@ def keep_going(
         except Exception as error:  # Whatever it is, the other runs and the ports go on, and so does this one.
             found = words(error)
             if found != last or time.monotonic() - begun > _WELL_SECONDS:
-                last, tries, since, pause = found, 0, time.time(), _FIRST_PAUSE
+                last, tries, since = found, 0, time.time()
+                backoff.reset()
             tries += 1
             passing = isinstance(error, _PASSING)
             if not passing and not isinstance(error, FoedusError):
@@ -87,11 +88,10 @@ def keep_going(
                 return
             last, tries = "", 0
             continue
-        seconds = pause * _random.uniform(0.75, 1.25)
+        seconds = backoff.pause()
         say(f"{run}: {last} (time {tries}); tries again in {seconds:.0f} s")
         report(Trouble(error=last, tries=tries, since=since, again_at=time.time() + seconds))
         stop.wait(seconds)
-        pause = min(pause * 2, _LONGEST_PAUSE)
 
 
 def _give_up(

@@ -21,7 +21,7 @@ from foedus_protocols.enrolment import EnrolmentRequest, EnrolmentStatus, check_
 from foedus_protocols.envelope import open_envelope
 from foedus_protocols.errors import VerificationError
 from foedus_protocols.files import DiskTrouble
-from foedus_protocols.hello import MINOR, PROGRAM, PROTOCOL, HelloAnswer, HelloRequest, negotiate
+from foedus_protocols.hello import MINOR, PROGRAM, PROTOCOL, RENEWAL_MINOR, HelloAnswer, HelloRequest, negotiate
 from foedus_protocols.identity import COORDINATOR, check_org_id, public_hex
 from foedus_protocols.messages import (
     AdvanceAnswer,
@@ -53,7 +53,6 @@ _ANSWERS: dict[str, type[Body]] = {
 # before the next round of another run. A new `hello` ends the pause, since it may come from a restarted daemon.
 _HANDED_OUT_SECONDS = 5.0
 _SEEN_SECONDS = 5.0
-_SINCE_MINOR = 1  # Organisations that speak less know nothing of receipts, CAs and certificates in hello.
 # A member has a vector on its way in each run that it takes part in, and seldom more than one run at a time.
 _MOST_UNFINISHED = 4
 
@@ -154,7 +153,7 @@ class LinkDesk:
         self.members.introduce(
             org, Introduced(protocol=spoken, version=said.version, trusts=tuple(said.authorities), issuer=issuer)
         )
-        if minor >= _SINCE_MINOR:
+        if minor >= RENEWAL_MINOR:
             answer = answer.model_copy(update=self._news(org, said, leaf_serial))
         return answer.encode()
 

@@ -34,10 +34,8 @@ __all__ = [
     "add_packed_files",
     "coding_key",
     "decode_file",
-    "decode_sum",
     "encode",
     "pack",
-    "read_packed",
     "secure_uniform",
     "seeded_uniform",
     "unpack",
@@ -196,8 +194,8 @@ def encode(vector: Vector, *, coding: Coding, key: bytes, uniform: Uniform, clam
     Raises:
         VerificationError: The vector is of another length or type, or not finite.
 
-    *Guarantees.* The expectation of ``decode_sum(words)`` over `uniform` is the vector (scaled, clamped) to fp32
-    accuracy. With `clamp` no word exceeds `Coding.levels`, so a sum over at most `members` vectors cannot wrap.
+    *Guarantees.* The expectation of the decoded words over `uniform` is the vector (scaled, clamped) to fp32 accuracy.
+    With `clamp` no word exceeds `Coding.levels`, so a sum over at most `members` vectors cannot wrap.
     """
     if vector.dtype != np.float32 or vector.shape != (coding.length,):
         raise VerificationError(f"expected float32 of ({coding.length},), got {vector.dtype} of {vector.shape}")
@@ -226,11 +224,11 @@ def encode(vector: Vector, *, coding: Coding, key: bytes, uniform: Uniform, clam
     return Encoded(words=words, clamped=clamped, scaled=scaled)
 
 
-def decode_sum(sum_words: Sums, *, coding: Coding, key: bytes) -> Vector:
-    """The sum of the coded vectors.
+def decode_file(path: Path, *, coding: Coding, key: bytes) -> Vector:
+    """The sum of the coded vectors, from a packed sum that is read piece by piece.
 
     Args:
-        sum_words: Sum of the words.  # int64 (padded,)
+        path: The packed sum of the words; nothing of its length but the result is in memory.
         coding: The charter's terms.
         key: Of the round in which the words were coded.
 
@@ -238,43 +236,22 @@ def decode_sum(sum_words: Sums, *, coding: Coding, key: bytes) -> Vector:
         Sum over the survivors of ``(w_i / max w) v_i``.  # (d,)
 
     Raises:
-        VerificationError: The sum is of another length or type, or no sum of R-bit words.
+        VerificationError: The file is of another size.
 
     *Guarantees.* Equal inputs give equal bits on every machine: sums of integers of at most 2^45 are exact in any
     order, then one correctly rounded conversion and one correctly rounded product remain.
     """
-    if sum_words.dtype != np.int64 or sum_words.shape != (coding.padded,):
-        raise VerificationError(f"expected int64 of ({coding.padded},), got {sum_words.dtype} of {sum_words.shape}")
-    half = 1 << (coding.ring_bits - 1)
-    if sum_words.size and not -half <= int(sum_words.min()) <= int(sum_words.max()) < half:
-        raise VerificationError(f"expected a sum within {coding.ring_bits} bits, got a larger one")
-    return _decode(lambda piece: sum_words[piece], coding, key)
-
-
-def decode_file(path: Path, *, coding: Coding, key: bytes) -> Vector:
-    """`decode_sum` of a packed file, read piece by piece: nothing of the sum's length but the result is in memory.
-
-    Raises:
-        VerificationError: The file is of another size.
-    """
     _check_packed_size(path, coding)
     bits = coding.ring_bits
-    with path.open("rb") as file:
-
-        def words(piece: slice) -> Words:
-            file.seek(packed_size(piece.start, bits))
-            count = piece.stop - piece.start
-            return unpack(file.read(packed_size(count, bits)), bits, count)
-
-        return _decode(words, coding, key)
-
-
-def _decode(words: Callable[[slice], NDArray[np.signedinteger]], coding: Coding, key: bytes) -> Vector:
     rotation = Rotation(key, padded=coding.padded, block=coding.block)
     scale = np.float32(coding.scale / math.sqrt(coding.block))
     vector = np.empty(coding.padded, dtype=np.float32)
-    for piece in rotation.pieces():
-        vector[rotation.sources(piece)] = rotation.backward(words(piece), piece, scale)
+    with path.open("rb") as file:
+        for piece in rotation.pieces():
+            file.seek(packed_size(piece.start, bits))
+            count = piece.stop - piece.start
+            words = unpack(file.read(packed_size(count, bits)), bits, count)
+            vector[rotation.sources(piece)] = rotation.backward(words, piece, scale)
     return vector[: coding.length]
 
 
@@ -308,16 +285,6 @@ def add_packed_files(paths: Sequence[Path], *, coding: Coding, out: Path) -> str
         os.fsync(file.fileno())
     part.replace(out)
     return state.hexdigest()
-
-
-def read_packed(path: Path, coding: Coding) -> Sums:
-    """A packed vector or sum as integers.  # int64 (padded,)
-
-    Raises:
-        VerificationError: The file is of another size.
-    """
-    _check_packed_size(path, coding)
-    return unpack(path.read_bytes(), coding.ring_bits, coding.padded).astype(np.int64)
 
 
 def _sum_of_chunks(paths: Iterable[Path], start: int, count: int, coding: Coding) -> Sums:

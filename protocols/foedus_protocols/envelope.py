@@ -186,20 +186,3 @@ def open_envelope(data: bytes, *, public_key: str, sender: str, receiver: str, f
         raise VerificationError("expected the body that the header names, got another")
     verify(public_key, ENVELOPE_CONTEXT, envelope.header_bytes, envelope.signature.hex())  # 6
     return envelope
-
-
-def check_reply(reply: Envelope, *, to: Envelope) -> None:
-    """Check that an opened envelope answers another: same type, run, round and attempt, the other way round.
-
-    Raises:
-        VerificationError: It answers something else.
-    """
-    answer, question = reply.header, to.header
-    if answer.reply_to != to.digest:
-        raise VerificationError(f"expected an answer to message {to.digest[:16]}..., got one to another message")
-    same = ("type", "federation", "run", "round", "attempt")
-    wrong = [name for name in same if getattr(answer, name) != getattr(question, name)]
-    if (answer.sender, answer.receiver) != (question.receiver, question.sender):
-        wrong.append("sender or receiver")
-    if wrong:
-        raise VerificationError(f"expected an answer of the same {', '.join(wrong)} as the question, got another")

@@ -23,6 +23,7 @@ from foedus_protocols.receipt import Receipt
 
 PROTOCOL = 1
 MINOR = 1
+RENEWAL_MINOR = 1  # Who speaks less knows nothing of renewal, CAs and receipts in hello.
 PROGRAM = version_of("foedus")  # Said in hello, for people: decisions are made by the protocol's numbers.
 RECEIPTS_PER_HELLO = 40
 

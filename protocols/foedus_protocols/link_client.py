@@ -7,7 +7,6 @@ try again, with jitter, for as long as bytes keep moving within `patience_second
 from __future__ import annotations
 
 import queue
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from foedus_protocols.backoff import Backoff
 from foedus_protocols.canonical import canonical_bytes, parse_canonical
 from foedus_protocols.channel import (
     MAX_MESSAGE_BYTES,
@@ -36,7 +36,6 @@ from foedus_protocols.v1 import link_pb2, link_pb2_grpc
 
 _CALL_SECONDS = 30.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
-_random = secrets.SystemRandom()
 _Result = TypeVar("_Result")
 
 
@@ -195,7 +194,8 @@ class LinkClient:
 
     def _persist(self, once: Callable[[_Attempt], _Result]) -> _Result:
         """Repeat an attempt over broken connections, and once over a resumed part that turned out to be wrong."""
-        pause, reached, last_progress, started_over = _FIRST_PAUSE, 0, time.monotonic(), False
+        backoff = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        reached, last_progress, started_over = 0, time.monotonic(), False
         while True:
             attempt = _Attempt()
             try:
@@ -207,12 +207,12 @@ class LinkClient:
                 started_over = True
             except TransientError:
                 if attempt.reached > reached:
-                    pause, reached, last_progress = _FIRST_PAUSE, attempt.reached, time.monotonic()
+                    reached, last_progress = attempt.reached, time.monotonic()
+                    backoff.reset()
                 if time.monotonic() - last_progress > self._patience:
                     raise
-                if self._closed.wait(pause * _random.uniform(0.5, 1.5)):
+                if self._closed.wait(backoff.pause()):
                     raise
-                pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _push_once(self, attempt: _Attempt, path: Path, digest: str, context: dict[str, Any]) -> dict[str, Any]:
         size = path.stat().st_size

@@ -33,6 +33,7 @@ from foedus_protocols.identity import generate_signing_key, public_hex
 from foedus_protocols.messages import Agreement, ClosedRound, History, Scores, TrainOrder
 from foedus_protocols.receipt import sign_receipt
 from foedus_protocols.store import FileStore
+from support.coded import decode_sum, read_packed
 
 LENGTH = 300
 FEDERATION = "north"
@@ -180,7 +181,7 @@ class FakeCoordinator:
             survivors = sorted([*survivors, "ahorn"])
         out = tmp_path / f"sum-{number}"
         codec.add_packed_files(paths, coding=coding, out=out)
-        total = codec.decode_sum(codec.read_packed(out, coding), coding=coding, key=key)
+        total = decode_sum(read_packed(out, coding), coding=coding, key=key)
         mean = rules.mean_of_sum(total, [self.charter.relative_weight(org) for org in survivors])
         self.adapter, self.optimiser = rules.advance(self.adapter, mean, rule=self.charter.rule(), state=self.optimiser)
         entry = ClosedRound(

@@ -16,6 +16,7 @@ from foedus_protocols.charter import charter_events
 from foedus_protocols.charter_extension import draft_extension
 from foedus_protocols.messages import ClosedRound, History
 from foedus_protocols.store import FileStore
+from support.coded import decode_sum, read_packed
 from support.desk import US, Desk
 
 
@@ -80,7 +81,7 @@ def ended_run(desk: Desk, folder: Path) -> tuple[History, bytes]:
         paths[-1].write_bytes(codec.pack(encoded.words, coding.ring_bits))
     desk.state.save_words(charter.digest, 1, digest="d" * 64, size=coding.packed_bytes)
     codec.add_packed_files(paths, coding=coding, out=folder / "sum")
-    total = codec.decode_sum(codec.read_packed(folder / "sum", coding), coding=coding, key=key)
+    total = decode_sum(read_packed(folder / "sum", coding), coding=coding, key=key)
     orgs = [one.id for one in charter.participants]
     mean = rules.mean_of_sum(total, [charter.relative_weight(org) for org in orgs])
     start = np.zeros(coding.length, np.float32)

@@ -50,7 +50,7 @@ def kept(home: Path) -> set[str]:
 
 def test_a_dry_step_is_measured_and_leaves_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     Ledger(desk.home.ledger).open_namespace("people", unit="patient")
-    before, head = kept(desk.home.root), Ledger(desk.home.ledger).head("people")
+    before, entries = kept(desk.home.root), Ledger(desk.home.ledger).entries("people")
     digest, rounds = desk.charter.digest, desk.charter.privacy.rounds
     code, found, _ = check(desk, capsys, digest[:12])
     assert code == 0
@@ -65,7 +65,7 @@ def test_a_dry_step_is_measured_and_leaves_nothing(desk: Desk, capsys: pytest.Ca
     # What admission would record, and no more than the charter's own figure allows.
     assert 0 < found["epsilon_after"] <= found["epsilon_cap"]
     assert kept(desk.home.root) == before
-    assert Ledger(desk.home.ledger).head("people") == head
+    assert Ledger(desk.home.ledger).entries("people") == entries
     assert desk.stands() == "offered"
     assert desk.state.departures() == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from foedus_client.clock import MAX_SKEW_SECONDS
 from foedus_client.config import Home
 from foedus_client.ledger import Ledger
 from foedus_client.life import life_of
+from foedus_client.restoring import state_spent
 from foedus_client.state import ClientState
 from foedus_protocols.charter import verify_charter_signature
 from foedus_protocols.errors import ConnectError, DataError, StateError, VerificationError
-from foedus_protocols.files import DiskTrouble
+from foedus_protocols.files import DiskTrouble, disk_errors
 from foedus_protocols.hello import MINOR
 from foedus_protocols.identity import (
     generate_signing_key,
@@ -375,6 +377,25 @@ def test_a_charter_that_the_ledger_cannot_judge_is_refused_at_check_10(
     assert bench.ask(bench.offer()) == CharterAnswer(refused_step=10)
 
 
+@pytest.mark.parametrize("auto_sign", ["true", "false"])
+def test_a_charter_of_a_run_that_a_statement_covers_is_refused_at_check_10(bench: Bench, auto_sign: str) -> None:
+    """Before a person is asked, and before anything is allotted to it."""
+    bench.set_policy(auto_sign=auto_sign)
+    ledger = Ledger(bench.home.ledger)
+    ledger.open_namespace("patients", unit="topic")
+    state_spent(ledger, "patients", [], runs=[RUN], delta=1e-5, cap=8.0)
+    assert bench.ask(bench.offer()) == CharterAnswer(refused_step=10)
+    assert "is covered by a statement and over for us" in bench.state.charter(bench.charter.digest).reason
+    assert ledger.admission(bench.charter.digest) is None
+
+
+def test_a_statement_that_comes_after_the_signature_ends_the_run_before_anything_is_trained(bench: Bench) -> None:
+    bench.sign()
+    state_spent(Ledger(bench.home.ledger), "patients", [], runs=[RUN], delta=1e-5, cap=8.0)
+    assert bench.train() == TrainAnswer(refused_step=10)
+    assert (bench.worker.trained, bench.coordinator.pushed) == (0, [])
+
+
 @pytest.mark.parametrize("where", ["client.db", "ledger.db", "files", "anywhere"])
 def test_a_full_disk_lets_nothing_leave_and_passes(bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     bench.sign()
@@ -399,6 +420,28 @@ def test_a_full_disk_lets_nothing_leave_and_passes(bench: Bench, monkeypatch: py
     answer = bench.ask(envelope)
     assert isinstance(answer, TrainAnswer)
     assert [answer.vector_digest] == list(dict.fromkeys(bench.coordinator.pushed))
+
+
+def test_a_daemon_that_starts_beside_a_full_disk_comes_up_when_there_is_space(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As SQLite says it: the ledger's first transaction finds no space."""
+    monkeypatch.setattr("foedus_protocols.backoff._FIRST_START", 0.001)
+    opened: list[Path] = []
+
+    def opening(path: Path, *_: object, **__: object) -> Ledger:
+        opened.append(path)
+        if len(opened) == 2:
+            bench.stop.set()
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        with disk_errors(path):
+            raise error
+
+    monkeypatch.setattr(daemons, "open_ledger", opening)
+    daemons.run(bench.home, bench.stop)
+    assert opened == [bench.home.ledger, bench.home.ledger]
+    assert "the disk is full: free some space; starting again in" in caplog.text
 
 
 def test_the_loop_outlives_defects_and_disks_and_says_each_once(

@@ -24,6 +24,7 @@ from foedus_protocols.canonical import digest, parse_canonical
 from foedus_protocols.charter import less_slack
 from foedus_protocols.errors import BudgetExhausted, StateError, VerificationError
 from foedus_protocols.files import DiskTrouble
+from support.ledgers import charged
 
 OLD = Path(__file__).parent.parent / "vectors" / "ledger-0001.db"
 ONE = Event(noise_multiplier=2.0, sampling_prob=0.25, steps=1)
@@ -271,6 +272,7 @@ path = pathlib.Path(sys.argv[1])
 from foedus_client.ledger import Ledger
 from foedus_protocols.accounting import Event
 from foedus_protocols.errors import StateError
+from support.ledgers import charged
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)  # Permissions do not bind root.
@@ -363,7 +365,7 @@ def test_stated_spending_counts_for_ever_and_no_charter_after_it_is_a_first_one(
     ledger.open_namespace("patients", unit="patient")
     alone = accounting.epsilon([ALL], less_slack(DELTA, 0.0))
     state_spent(ledger, "patients", [ALL], runs=["lost-1"], delta=DELTA, cap=8.0)
-    assert ledger.spent("patients") == ledger.allotted("patients") == (ALL,)
+    assert ledger.spent("patients") == charged(ledger, "patients") == (ALL,)
     stated = ledger.epsilon_spent("patients", DELTA)
     assert stated > alone  # By the filter: nobody knows in the light of what it was chosen.
     with pytest.raises(BudgetExhausted, match="rdp"):

@@ -21,6 +21,7 @@ from foedus_protocols.hello import ToldReceipt
 from foedus_protocols.identity import generate_signing_key, public_hex
 from foedus_protocols.messages import CloseNotice, TrainAnswer
 from foedus_protocols.receipt import sign_receipt
+from support.ledgers import charged
 
 RUN = "north-1"
 ONE = Event(noise_multiplier=2.0, sampling_prob=0.5, steps=1)
@@ -206,7 +207,7 @@ def test_rounds_that_nobody_saw_are_charged_with_the_first_order_and_never_beyon
     hello.reconcile()
     assert abandoned(desk.seat, 4, desk.ports)  # Rounds 2 and 3 may have left in part before they failed.
     assert spent(desk) == 4
-    assert sum(event.steps for event in desk.ledger.allotted("patients")) == 4
+    assert sum(event.steps for event in charged(desk.ledger, "patients")) == 4
 
 
 def test_a_copy_without_an_unseen_reservation_is_recognised_by_the_newest_entry_seen(desk: Any, hello: Hello) -> None:
@@ -261,7 +262,7 @@ def test_of_a_run_that_is_over_all_words_count_and_the_rest_is_free(desk: Any, h
     found = hello.reconcile()
     assert (found.older, found.abandoned) == (True, ())
     assert spent(desk) == 2
-    assert sum(event.steps for event in desk.ledger.allotted("patients")) == 2
+    assert sum(event.steps for event in charged(desk.ledger, "patients")) == 2
 
 
 def test_a_charter_that_ends_before_its_open_round_was_charged_stays_charged_in_full(desk: Any, hello: Hello) -> None:

@@ -33,7 +33,7 @@ class Ended:
         return Course(charter=self.charter, org="ahorn", run=NEW_RUN)
 
     def earlier(self) -> Any:
-        return earlier(self.charter, "ahorn", self.desk.ports)
+        return earlier(self.charter, "ahorn", self.desk.ports, self.desk.ledger)
 
 
 def extension(old: Charter, *, run: str, history: str, adapter: str, spent: int, **changes: Any) -> Charter:

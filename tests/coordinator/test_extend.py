@@ -147,7 +147,20 @@ def test_only_an_ended_run_that_was_not_extended_yet_is_extended(ended: Any, pum
         extend(ended, first_run, 2)
     # An extension that was refused leaves the way open for another.
     ended.home.storage.update_run(offered["run"], state="finished", outcome="refused")
-    extend(ended, first_run, 2)
+    again = extend(ended, first_run, 2)
+    assert again["rounds_spent"] == offered["rounds_spent"] == 2
+
+
+def test_rounds_of_an_extension_that_failed_count_as_spent(ended: Any) -> None:
+    first_run = ended.run_id
+    offered, storage = extend(ended, first_run), ended.home.storage
+    digest = storage.run(first_run).charter_digest
+    storage.add_round(offered["run"], 1, deadline=0.0, start_digest=digest, history_digest=digest)
+    storage.update_round(offered["run"], 1, state="failed", reason="no vector from gamma")
+    storage.update_run(offered["run"], state="finished", outcome="failed")
+    again = extend(ended, first_run)
+    assert again["rounds_spent"] == 3
+    assert again["epsilon"] > offered["epsilon"]
 
 
 def test_every_participant_must_still_be_there_under_its_key(ended: Any) -> None:

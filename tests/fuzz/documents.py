@@ -152,7 +152,13 @@ def _messages(league: League) -> Iterator[Target]:
         for kind in named if named[0] in bodies else kinds:
             type(bodies[kind]).decode(inner)
 
-    yield Target(name="bodies", seeds=seeds, mutate=mutate.canonical, parse=decode)
+    yield Target(
+        name="bodies",
+        seeds=seeds,
+        mutate=mutate.canonical,
+        parse=decode,
+        memory_bytes=4 * messages.MAX_HISTORY_BYTES,  # A history is read as a whole.
+    )
 
     def sealed(body: bytes) -> bytes:
         return seal(

@@ -87,13 +87,19 @@ def _data(scratch: Path) -> Iterator[Target]:
 
     rows = _rows()
     lines = "\n".join(json.dumps(row) for row in rows).encode()
-    yield Target(name="jsonl", seeds=[lines], mutate=mutate.json_lines, parse=written(scratch / "a.jsonl", load))
+    yield Target(
+        name="jsonl",
+        seeds=[lines],
+        mutate=mutate.json_lines,
+        parse=written(scratch / "a.jsonl", load),
+        memory_bytes=160 << 20,  # Forty times the longest line that is read: one of brackets.
+    )
     yield Target(
         name="jsonl-gz",
         seeds=[gzip.compress(lines, 1)],
         mutate=_bombs,
         parse=written(scratch / "a.jsonl.gz", load),
-        memory_bytes=160 << 20,  # Ten times the longest line that is read.
+        memory_bytes=160 << 20,
     )
     for name, separator in (("csv", ","), ("tsv", "\t")):
         header = separator.join(("patient", "question", "answer"))
@@ -236,7 +242,7 @@ def safetensors(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     header += b" " * (-len(header) % 8)
     said = len(header)
     if rng.random() < 0.1:
-        said = rng.choice((0, 1, said - 1, said + 1, 100_000_000, 2**31, 2**63, 2**64 - 1))
+        said = rng.choice((0, 1, max(said - 1, 0), said + 1, 100_000_000, 2**31, 2**63, 2**64 - 1))
     return struct.pack("<Q", said) + header + rest
 
 

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from foedus_protocols import identity
 from foedus_protocols.certificates import CertificateAuthority, make_request
 from foedus_protocols.channel import TlsFiles, split_address
+from foedus_protocols.errors import ConnectError
 from foedus_protocols.link import LinkClient, serve_link
 from foedus_protocols.receipt import sign_receipt
 from foedus_protocols.store import FileStore, Part
@@ -166,16 +167,23 @@ def compare(folder: Path, link: str, bare: str, size: int, times: int) -> dict[s
 
 
 def push_once(folder: Path, link: str, size: int) -> dict[str, Any]:
-    """One push that may meet anything; the offsets say where it went on."""
+    """One push that may meet anything, dialled again as the daemon does; the offsets say where it went on."""
     data = os.urandom(size)
     path = folder / "vector"
     path.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
-    with LinkClient(link, tls_files(folder, ORG)) as client:
-        client.hello({})
-        print("pushing", flush=True)
-        receipt = client.push(path, digest, {"run": "run-1", "round": 1})
-        return {"digest": digest, "receipt": receipt["digest"], "offsets": client.hello({})["offsets"]}
+    dialled = 0
+    while True:
+        dialled += 1
+        try:
+            with LinkClient(link, tls_files(folder, ORG)) as client:
+                client.hello({})
+                print("pushing", flush=True)
+                receipt = client.push(path, digest, {"run": "run-1", "round": 1})
+                offsets = client.hello({})["offsets"]
+                return {"digest": digest, "receipt": receipt["digest"], "offsets": offsets, "dialled": dialled}
+        except ConnectError:
+            time.sleep(1.0)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def part_bytes(files: Path) -> int:
 
 
 def push_through_an_outage(far: lines.FarEnd, seconds: float) -> dict[str, Any]:
-    """Push, lose the line after two chunks, and return what the pushing end says when it is through."""
+    """Push, lose the line after two chunks, and return what the pushing end says when it is through, and when."""
     pushing = subprocess.Popen(far.command("push", far.link, "--bytes", str(SIZE)), stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
@@ -37,11 +37,13 @@ def push_through_an_outage(far: lines.FarEnd, seconds: float) -> dict[str, Any]:
             assert pushing.poll() is None, "the push was over before the outage"
             time.sleep(0.01)
         far.outage(seconds)
+        mended = time.monotonic()
         said, _ = pushing.communicate(timeout=120)
     finally:
         pushing.kill()
         pushing.wait()
     result: dict[str, Any] = json.loads(said.splitlines()[-1])
+    result["seconds_after"] = time.monotonic() - mended
     assert result["receipt"] == result["digest"]
     assert (far.files / result["digest"][:2] / result["digest"]).stat().st_size == SIZE
     return result
@@ -49,8 +51,9 @@ def push_through_an_outage(far: lines.FarEnd, seconds: float) -> dict[str, Any]:
 
 def test_a_broken_connection_goes_on_at_its_byte_offset(tmp_path: Path) -> None:
     with lines.proxied(tmp_path / "ends", LINE) as far:
-        offsets = push_through_an_outage(far, 0.5)["offsets"]
-    assert offsets[0] == 0
+        pushed = push_through_an_outage(far, 0.5)
+    offsets = pushed["offsets"]
+    assert (offsets[0], pushed["dialled"]) == (0, 1)
     assert offsets[-1] >= 2 * CHUNK_BYTES
 
 
@@ -58,3 +61,16 @@ def test_a_broken_connection_goes_on_at_its_byte_offset(tmp_path: Path) -> None:
 def test_packets_that_are_lost_for_a_while_lose_nothing(tmp_path: Path) -> None:
     with lines.packets(tmp_path / "ends", LINE) as far:
         push_through_an_outage(far, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(netns.why_not() is not None, reason="needs root, the ip command and TUN devices")
+def test_a_line_that_is_away_for_minutes_in_the_middle_of_a_vector_costs_nothing_but_time(tmp_path: Path) -> None:
+    """Longer than a link's patience: it gives up, is dialled again as by the daemon, and goes on at the byte offset."""
+    with lines.packets(tmp_path / "ends", LINE) as far:
+        pushed = push_through_an_outage(far, 180.0)
+    assert pushed["dialled"] >= 2
+    assert pushed["offsets"][0] == 0
+    assert pushed["offsets"][-1] >= 2 * CHUNK_BYTES
+    print(f"at {pushed['offsets']}, dialled {pushed['dialled']} times, through {pushed['seconds_after']:.1f} s after")
+    assert pushed["seconds_after"] < 60

@@ -27,7 +27,7 @@ def butterflies(values: Integers, block: int) -> Integers:
 
 
 def plain_decode(words: Integers, terms: codec.Coding) -> npt.NDArray[np.float32]:
-    """`decode_sum` as ``docs/protocol.md`` section 4 tells it, one array after the other."""
+    """`decode_file` as ``docs/protocol.md`` section 4 tells it, one array after the other."""
 
     def stream(purpose: bytes, size: int) -> bytes:
         return rotation.aes_ctr(hashlib.sha256(KEY + b"|" + purpose).digest())(size)
@@ -71,7 +71,6 @@ def test_decoding_gives_the_bits_of_the_plain_definition(ring_bits: int, length:
         np.full(terms.padded, -half),
     ):
         expected = plain_decode(words, terms).tobytes()
-        assert codec.decode_sum(words, coding=terms, key=KEY).tobytes() == expected
         path = tmp_path / "sum"
         path.write_bytes(packing.pack(words, ring_bits))
         assert codec.decode_file(path, coding=terms, key=KEY).tobytes() == expected

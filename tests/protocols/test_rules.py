@@ -17,6 +17,7 @@ from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.layout import Vector, vector_digest, vector_from_bytes
 from foedus_protocols.rules import Rule, advance, initial_state, mean_of_sum
 from numpy.typing import NDArray
+from support.coded import decode_sum
 from support.replayed import RoundSum, replay
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "rules.json").read_text(encoding="utf-8"))
@@ -63,7 +64,7 @@ def test_checked_in_outcomes(case: dict[str, Any]) -> None:
         )
         for number, weights in enumerate(case["weights"], start=1)
     ]
-    decoded = codec.decode_sum(sums[0].words, coding=coding, key=sums[0].key)
+    decoded = decode_sum(sums[0].words, coding=coding, key=sums[0].key)
     assert vector_digest(decoded) == case["expected"]["decoded_sum_1"]
     found = []
     state = initial_state(rule, coding.length)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from foedus_protocols.codec import Coding, decode_sum
+from foedus_protocols.codec import Coding
 from foedus_protocols.layout import Vector
 from foedus_protocols.rules import Rule, State, advance, initial_state, mean_of_sum
 from numpy.typing import NDArray
+from support.coded import decode_sum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 from foedus_protocols.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
-_LONGEST_LINE = 16 << 20
+_LONGEST_OBJECT = 4 << 20  # A line of JSON that is all brackets takes forty times its size in memory.
+_LONGEST_FIELD = 16 << 20
 _LONGEST_ROW = 32 << 20  # Of a table: several long fields, or a quote that is never closed.
 
 
@@ -91,12 +92,12 @@ def read_rows(path: Path) -> Iterator[Row | Rejected]:
 def _read_json(file: BinaryIO, name: str) -> Iterator[Row | Rejected]:
     # Lines end at b"\n" alone: `str.splitlines` would also cut at characters that are legal inside JSON strings.
     line = 0
-    while data := file.readline(_LONGEST_LINE + 1):
+    while data := file.readline(_LONGEST_OBJECT + 1):
         line += 1
-        if len(data) > _LONGEST_LINE:
+        if len(data) > _LONGEST_OBJECT:
             while data and not data.endswith(b"\n"):
-                data = file.readline(_LONGEST_LINE)
-            yield Rejected(file=name, line=line, reason=f"longer than {_LONGEST_LINE >> 20} MiB")
+                data = file.readline(_LONGEST_OBJECT)
+            yield Rejected(file=name, line=line, reason=f"longer than {_LONGEST_OBJECT >> 20} MiB")
             continue
         if line == 1:
             data = data.removeprefix(b"\xef\xbb\xbf")
@@ -117,7 +118,7 @@ def _json_row(data: bytes, name: str, line: int) -> Row | Rejected:
 
 
 def _read_csv(file: BinaryIO, path: Path) -> Iterator[Row | Rejected]:
-    csv.field_size_limit(_LONGEST_LINE)
+    csv.field_size_limit(_LONGEST_FIELD)
     delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
     lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), path)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,22 @@ def test_bad_rows_are_reported_and_the_rest_is_read(tmp_path: Path) -> None:
     assert "secret" not in repr(found)
 
 
+def test_a_line_of_brackets_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    """Found by fuzzing: an empty list of two bytes takes sixty."""
+    path = _write(tmp_path / "a.jsonl", b"[" + b"[]," * (2 << 20) + b'[]]\n{"text": "good"}\n')
+    tracemalloc.start()
+    found = list(read_rows(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found[1:] == [Row(line=2, values={"text": "good"})]
+    assert peak < 32 << 20
+
+
 def test_an_endless_line_is_one_rejected_row(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.jsonl.gz", b"x" * (33 << 20) + b'\n{"text": "good"}\n')
     found = list(read_rows(path))
     assert found == [
-        Rejected(file="a.jsonl.gz", line=1, reason="longer than 16 MiB"),
+        Rejected(file="a.jsonl.gz", line=1, reason="longer than 4 MiB"),
         Row(line=2, values={"text": "good"}),
     ]
 
