@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from foedus_protocols.backoff import Backoff
+from foedus_protocols.backoff import Backoff, start_when_there_is_space
 from foedus_protocols.channel import split_address
 from foedus_protocols.envelope import Envelope, open_envelope, seal
 from foedus_protocols.errors import ConfigError, ConnectError, FoedusError, StateError, VerificationError
@@ -91,7 +91,7 @@ class Link(Protocol):
 
 
 def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) -> None:
-    """Be the organisation's daemon until `stop` is set.
+    """Be the organisation's daemon until `stop` is set. A full disk at the start is waited out.
 
     Args:
         home: A joined organisation's home.
@@ -106,16 +106,20 @@ def run(home: Home, stop: threading.Event, *, worker: WorkerPort | None = None) 
     proxy = choose(home.load().proxy, split_address(us.link)[0])
     by = "directly" if proxy is None else f"through the proxy {proxy.shown} (from {proxy.source})"
     _LOG.info("dialling %s %s", us.link, by)
-    home.make()
-    sweep(home.root)
-    policy.load(home.policy)
-    with HomeLock(home.lock), ClientState(home.state) as state:
-        child = WorkerProcess(home.work, stderr=home.worker_log)
-        try:
-            daemon = Daemon(home, us, state=state, worker=worker or child, stop=stop)
-            daemon.serve(lambda: LinkClient(us.link, home.tls, proxy=us.proxy))
-        finally:
-            child.stop()
+
+    def serve() -> None:
+        home.make()
+        sweep(home.root)
+        policy.load(home.policy)
+        with HomeLock(home.lock), ClientState(home.state) as state:
+            child = WorkerProcess(home.work, stderr=home.worker_log)
+            try:
+                daemon = Daemon(home, us, state=state, worker=worker or child, stop=stop)
+                daemon.serve(lambda: LinkClient(us.link, home.tls, proxy=us.proxy))
+            finally:
+                child.stop()
+
+    start_when_there_is_space(serve, stop=stop, say=_LOG.error)
 
 
 class Daemon:
@@ -345,9 +349,9 @@ class Daemon:
             worker=self._worker,
             work=self._home.work,
             tick=lambda: self._tick(link),
-            base_config=lambda digest: read_config(policy.load(self._home.policy).base_path(digest)),
             clock=self._clock,
             doing=self._heart.doing,
+            base_config=lambda digest: read_config(policy.load(self._home.policy).base_path(digest)),
         )
 
     def _puller(self, link: Link) -> Callable[[str, int], Path]:

@@ -12,6 +12,7 @@ import threading
 from typing import Annotated
 
 import typer
+from foedus_protocols.backoff import start_when_there_is_space
 from foedus_protocols.console import Format, FormatOption, emit
 from foedus_protocols.identity import human_fingerprint, public_hex
 from foedus_protocols.logs import LogFormat, LogFormatOption, setup
@@ -86,7 +87,8 @@ def up(
     give_memory_back()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    serve(open_home(home), stop=stop, say=logging.getLogger("foedus.coordinator").info)
+    log, place = logging.getLogger("foedus.coordinator"), open_home(home)
+    start_when_there_is_space(lambda: serve(place, stop=stop, say=log.info), stop=stop, say=log.error)
     emit({"stopped": True}, output, lambda console: console.print("stopped"))
 
 

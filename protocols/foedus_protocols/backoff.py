@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import threading
+from collections.abc import Callable
 
+from foedus_protocols.files import DiskFull
+
+_FIRST_START, _LONGEST_START = 1.0, 60.0
 _random = secrets.SystemRandom()
 
 
@@ -43,3 +48,25 @@ class Backoff:
         seconds = self._next * _random.uniform(1 - self._spread, 1 + self._spread)
         self._next = min(self._next * 2, self._longest if longest is None else longest)
         return seconds
+
+
+def start_when_there_is_space(serve: Callable[[], None], *, stop: threading.Event, say: Callable[[str], None]) -> None:
+    """Run a process's body; where a full disk ends it, say so and begin again with growing pauses.
+
+    A machine that restarts at night beside a full disk is to come back by itself. Trouble that a person has to mend (a
+    disk that is read-only, a damaged database) ends the start with its error.
+
+    Args:
+        serve: The whole of the process, from opening its files on; returns when it was asked to stop.
+        stop: Set where the process is to end.
+        say: Takes a line for the log.
+    """
+    backoff = Backoff(_FIRST_START, _LONGEST_START)
+    while not stop.is_set():
+        try:
+            serve()
+            return
+        except DiskFull as error:
+            pause = backoff.pause()
+            say(f"{error}; starting again in {pause:.0f} s")
+            stop.wait(pause)

@@ -44,6 +44,10 @@ class DiskTrouble(StateError):
     """The disk or a database on it does not take or give what it should. What failed can be tried again later."""
 
 
+class DiskFull(DiskTrouble):
+    """No space, or no quota, is left: it passes when somebody frees some, and nothing has to be mended."""
+
+
 @contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """Report trouble of the disk under `place` as a DiskTrouble that says what to do.
@@ -67,14 +71,16 @@ def disk_trouble(error: sqlite3.Error | OSError, place: Path | str) -> DiskTroub
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", None)
         advice = None if code is None else _DATABASE_ADVICE.get(code & 0xFF)
-        return DiskTrouble(
+        kind = DiskFull if code is not None and code & 0xFF == sqlite3.SQLITE_FULL else DiskTrouble
+        return kind(
             f"expected a database that can be used in {place}, got: {error}; "
             f"{advice or 'this may be a defect of Foedus, report it'}"
         )
     advice = _ADVICE.get(error.errno or 0)
     if advice is None:
         return None
-    return DiskTrouble(f"expected to read and write in {place}, got: {error.strerror}; {advice}")
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else DiskTrouble
+    return kind(f"expected to read and write in {place}, got: {error.strerror}; {advice}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from foedus_client.restoring import state_spent
 from foedus_client.state import ClientState
 from foedus_protocols.charter import verify_charter_signature
 from foedus_protocols.errors import ConnectError, DataError, StateError, VerificationError
-from foedus_protocols.files import DiskTrouble
+from foedus_protocols.files import DiskTrouble, disk_errors
 from foedus_protocols.hello import MINOR
 from foedus_protocols.identity import (
     generate_signing_key,
@@ -419,6 +420,28 @@ def test_a_full_disk_lets_nothing_leave_and_passes(bench: Bench, monkeypatch: py
     answer = bench.ask(envelope)
     assert isinstance(answer, TrainAnswer)
     assert [answer.vector_digest] == list(dict.fromkeys(bench.coordinator.pushed))
+
+
+def test_a_daemon_that_starts_beside_a_full_disk_comes_up_when_there_is_space(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As SQLite says it: the ledger's first transaction finds no space."""
+    monkeypatch.setattr("foedus_protocols.backoff._FIRST_START", 0.001)
+    opened: list[Path] = []
+
+    def opening(path: Path, *_: object, **__: object) -> Ledger:
+        opened.append(path)
+        if len(opened) == 2:
+            bench.stop.set()
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        with disk_errors(path):
+            raise error
+
+    monkeypatch.setattr(daemons, "open_ledger", opening)
+    daemons.run(bench.home, bench.stop)
+    assert opened == [bench.home.ledger, bench.home.ledger]
+    assert "the disk is full: free some space; starting again in" in caplog.text
 
 
 def test_the_loop_outlives_defects_and_disks_and_says_each_once(

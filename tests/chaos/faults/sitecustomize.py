@@ -68,6 +68,13 @@ def _no_space() -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _no_space_for_sqlite() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    error.sqlite_errorname = "SQLITE_FULL"
+    return error
+
+
 def _wrap_fsync(fault: _Fault) -> None:
     real = os.fsync
 
@@ -132,7 +139,7 @@ def _wrap_sqlite(fault: _Fault) -> None:
 
 def _committing(fault: _Fault, path: str, commit: Callable[[], Any]) -> Any:
     if fault.full():
-        raise sqlite3.OperationalError("database or disk is full")
+        raise _no_space_for_sqlite()
     if fault.due("commit"):
         wal = f"{path}-wal"
         if os.path.exists(wal):
