@@ -232,14 +232,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], hidden, expert_weights, expert_ids, down_bias, *inputs[9:13], *gate_up, *down)
-    ctx.codecs, ctx.constants, ctx.split = (gate_up_codec, down_codec), inputs[13:17], 9 + len(gate_up)
+    ctx.codecs, ctx.constants, ctx.stored = (gate_up_codec, down_codec), inputs[13:17], len(gate_up)
 
 
-def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[torch.Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 18
+def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]:
     gate_up_rows, hidden, expert_weights, expert_ids, down_bias, *rest = ctx.saved_tensors
-    matrices, stacks, split = rest[:4], rest[4:], ctx.split - 9
+    matrices, stacks, split = rest[:4], rest[4:], ctx.stored
+    # A list of tensors among the inputs wants a list in its place.
+    frozen = (None, None, [None] * split, None, None, [None] * (len(stacks) - split), None)
+    if grad is None:
+        return (None, None, *frozen, *(None,) * 9)
     needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 9, 10, 11, 12)]
     found = experts_backward(
         *(grad.contiguous(), gate_up_rows, hidden, expert_weights, expert_ids),
@@ -247,7 +249,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[torch.Ten
         *(*matrices, *ctx.constants, needs),
     )
     kept = [one if need else None for one, need in zip(found, needs, strict=True)]
-    return (*kept[:2], *(None,) * 7, *kept[2:], *(None,) * 5)
+    return (*kept[:2], *frozen, *kept[2:], *(None,) * 5)
 
 
 experts_forward.register_autograd(_backward, setup_context=_setup_context)
