@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from foedus_kernels.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE
 from foedus_protocols.errors import CheckpointError, ConfigError
-from foedus_protocols.manifest import read_config, verify_config
+from foedus_protocols.manifest import quantisation_of, read_config, verify_config
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
@@ -104,6 +104,25 @@ def build(
     return _filled(checkpoint, config, model, device=device, dtype=_compute(dtype)).model
 
 
+def specs_of(described: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Type and shape of every tensor that a release of this configuration holds, in the model's order.
+
+    Args:
+        described: The ``config.json``; what its quantisation does not store is in bfloat16.
+
+    Raises:
+        ConfigError: It needs a part that this version does not have.
+        CheckpointError: An unknown quantisation, or a width that it cannot store.
+    """
+    config = _model_config(described)
+    model = _on_meta(config, quantisation_of(described))
+    stored = _stored(model)
+    return {
+        name: TensorSpec(tensor.dtype if name in stored else torch.bfloat16, tuple(tensor.shape))
+        for name, tensor in _expected(model, config).items()
+    }
+
+
 def _filled(
     checkpoint: Checkpoint,
     config: GptOssConfig,
@@ -180,9 +199,7 @@ def _stored(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_buffers() if not name.endswith("bias"))
 
 
-def _check_specs(
-    expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorSpec], stored: frozenset[str]
-) -> None:
+def _check_specs(expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorSpec], stored: frozenset[str]) -> None:
     """Names, shapes and types of a checkpoint against the model it is for."""
     missing, surplus = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or surplus:

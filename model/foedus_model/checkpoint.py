@@ -229,7 +229,7 @@ def write_streamed(
     if tokenizer_file is not None:
         shutil.copyfile(tokenizer_file, path / TOKENIZER_FILE)
         _write_json(path / "tokenizer_config.json", _tokenizer_config(path / TOKENIZER_FILE, config))
-    shards = plan_shards(specs, shard_bytes)
+    shards = plan_shards(specs, shard_bytes, layout)
     for file_name, names in shards.items():
         write_file(path / file_name, {name: specs[name] for name in names}, make)
     if len(shards) > 1:

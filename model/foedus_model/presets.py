@@ -14,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from foedus_protocols.errors import ConfigError
+from foedus_protocols.original import MXFP4
 
 TINY = Path(__file__).parent / "tiny"
 """The base that the package ships, of the shape `tiny`."""
-
-QUANTISATION: dict[str, Any] = {
-    "quant_method": "mxfp4",
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-}
 
 
 def _layer_types(layers: int) -> list[str]:
@@ -55,7 +46,7 @@ def _gpt_oss(*, layers: int, experts: int) -> dict[str, Any]:
         "num_local_experts": experts,
         "output_router_logits": False,
         "pad_token_id": 199999,
-        "quantization_config": copy.deepcopy(QUANTISATION),
+        "quantization_config": copy.deepcopy(MXFP4),
         "rms_norm_eps": 1e-05,
         "rope_parameters": {
             "rope_type": "yarn",
@@ -107,7 +98,7 @@ def tiny(
         "num_local_experts": 16,
         "output_router_logits": False,
         "pad_token_id": pad_token_id,
-        "quantization_config": copy.deepcopy(QUANTISATION),
+        "quantization_config": copy.deepcopy(MXFP4),
         "rms_norm_eps": 1e-05,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "router_aux_loss_coef": 0.0,

@@ -90,12 +90,15 @@ def read_specs(path: Path) -> dict[str, TensorSpec]:
     return specs
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File names and the tensors in each: one file, or as many as the limit asks for, named as the released ones.
+def plan_shards(
+    specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES, layout: str = "released"
+) -> dict[str, list[str]]:
+    """File names and the tensors in each: one file, or as many as the limit asks for, named as the published ones.
 
     Args:
         specs: All tensors, in the order in which they fill the files.
         shard_bytes: The most that a file holds, unless one tensor is larger.
+        layout: ``released``, or ``original``, whose files are counted in another way.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -107,6 +110,9 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: int = SHARD_BYTES)
         filled += spec.nbytes
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
+    if layout == "original":
+        count = len(shards)
+        return {f"model--{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(shards, 1)}
     last = len(shards) - 1  # Released files count from 0 and say the last number, not how many there are.
     return {f"model-{number:05d}-of-{last:05d}.safetensors": names for number, names in enumerate(shards)}
 

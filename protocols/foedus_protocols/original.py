@@ -1,4 +1,4 @@
-"""The ``config.json`` of OpenAI's own layout (the folder ``original/`` of a release) in transformers' field names, and back.
+"""The ``config.json`` of OpenAI's own layout (``original/`` of a release) in transformers' field names, and back.
 
 The two layouts describe one model. OpenAI's names follow its reference program (openai/gpt-oss, ``torch/model.py``:
 the fields of ``ModelConfig``), which also fixes what its file does not say: sliding layers at even positions, an
@@ -62,11 +62,10 @@ def to_released(config: Mapping[str, Any]) -> dict[str, Any]:
     if strange:
         raise CheckpointError(f"expected the fields of OpenAI's config.json, got also {', '.join(strange)}")
     for name in (*_COUNTS, *_NUMBERS):
+        kind, types = ("number", (int, float)) if name in _NUMBERS else ("integer", (int,))
         value = described.get(name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole or (name in _NUMBERS and isinstance(value, float) and math.isfinite(value))) or value <= 0:
-            kind = "a positive number" if name in _NUMBERS else "a positive integer"
-            raise CheckpointError(f"expected {name} in OpenAI's config.json to be {kind}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
+            raise CheckpointError(f"expected {name} in OpenAI's config.json to be a positive {kind}, got {value!r}")
     context, factor = described["initial_context_length"], float(described["rope_scaling_factor"])
     ids = _HARMONY_IDS if described["vocab_size"] == _HARMONY_VOCABULARY else dict.fromkeys(_HARMONY_IDS)
     return {
@@ -98,7 +97,7 @@ def to_original(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: The model has a property that OpenAI's layout cannot say.
     """
-    rope = config.get("rope_parameters") or {}
+    rope = rope_of(config)
     yarn = rope.get("rope_type") == "yarn"
     factor = float(rope["factor"]) if yarn else 1.0
     try:
@@ -117,14 +116,22 @@ def to_original(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     except KeyError as error:
         raise CheckpointError(f"expected {error} in the configuration, to write it in OpenAI's layout") from error
-    again = to_released(original)
-    differ = [name for name in _SAID_BY_THE_PROGRAM if name in config and config[name] != again[name]]
-    if differ:
-        raise CheckpointError(
-            f"OpenAI's layout cannot say {differ[0]} = {config[differ[0]]!r} (its program has {again[differ[0]]!r}); "
-            "write the released layout"
-        )
+    said, again = {**config, "rope_parameters": rope}, to_released(original)
+    for name in _SAID_BY_THE_PROGRAM:
+        if name in said and said[name] != again[name]:
+            raise CheckpointError(
+                f"OpenAI's layout cannot say {name} = {said[name]!r} (its program has {again[name]!r}); "
+                "write the released layout"
+            )
     return original
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary positions, in the newer spelling or the released files' (``rope_scaling`` beside ``rope_theta``)."""
+    if config.get("rope_parameters"):
+        return dict(config["rope_parameters"])
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    return scaling | ({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})
 
 
 _SAID_BY_THE_PROGRAM = (
