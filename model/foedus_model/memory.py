@@ -128,7 +128,9 @@ def _cgroup_rooms() -> list[int]:
             continue
         root = _CGROUPS if controllers == "" else _CGROUPS / "memory"
         limit, used = (
-            ("memory.max", "memory.current") if controllers == "" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            ("memory.max", "memory.current")
+            if controllers == ""
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         )
         group = root / inner.lstrip("/")
         for folder in (group, *group.parents):
