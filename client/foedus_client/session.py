@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
-from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
+from foedus_model.recompute import recompute_layers
+from foedus_protocols.errors import CheckpointError, ConfigError, PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
 from foedus_protocols.layout import Vector, adapter_layout, initial_vector
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
@@ -56,8 +57,10 @@ class Session:
 
         Raises:
             CheckpointError: Another base than the charter's, or another adapter layout.
+            ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
+        recompute = checkpointing()
         base = Path(setup.base)
         layout = adapter_layout(
             read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
@@ -68,6 +71,8 @@ class Session:
             )
         model = load_base(base, expect_digest=setup.base_digest, device=default_device())
         adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
+        if recompute:
+            recompute_layers(model)
         data = load_dataset(
             [Path(file) for file in setup.files],
             units=setup.units,
@@ -208,3 +213,17 @@ def set_threads() -> None:
     count = os.environ.get("FOEDUS_THREADS")
     if count:
         torch.set_num_threads(max(1, int(count)))
+
+
+def checkpointing() -> bool:
+    """Whether FOEDUS_CHECKPOINTING asks for activations to be computed again instead of kept; off without it.
+
+    The bits of a step are the same with and without, so it is each organisation's own affair and in no charter.
+
+    Raises:
+        ConfigError: Neither on nor off.
+    """
+    value = os.environ.get("FOEDUS_CHECKPOINTING") or "off"
+    if value not in ("on", "off"):
+        raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on or off, got {value!r}: correct the environment")
+    return value == "on"

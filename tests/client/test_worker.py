@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
-from foedus_protocols.errors import CheckpointError, DataError, PrivacyCheckFailed
+from foedus_protocols.errors import CheckpointError, ConfigError, DataError, PrivacyCheckFailed
 from foedus_protocols.layout import attention_layout, initial_vector
 from foedus_protocols.manifest import read_config, read_manifest
 
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     layout = attention_layout(read_config(BASE), rank=RANK)
-    initial_vector(layout).tofile(place / "adapter.f32")
+    initial_vector(layout, "public").tofile(place / "adapter.f32")
     return place
 
 
@@ -115,6 +116,31 @@ def test_without_privacy_a_step_is_a_function_of_seed_org_and_round(
     assert step() == first
     assert step(number=2) != first
     assert step(org="birke") != first
+
+
+def test_checkpointing_is_the_organisations_and_changes_no_bit(
+    worker: WorkerProcess, setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.train(setup, _train(folder, OPEN), _nothing)
+    expected = _vector(folder).tobytes()
+    refused = pytest.raises(ConfigError, match="FOEDUS_CHECKPOINTING")
+    with closing_worker(tmp_path, monkeypatch, "maybe") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    (folder / "vector.f32").unlink()
+    with closing_worker(tmp_path, monkeypatch, "on") as other:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    assert _vector(folder).tobytes() == expected
+
+
+@contextmanager
+def closing_worker(work: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> Iterator[WorkerProcess]:
+    """A worker of its own under a setting of its environment."""
+    monkeypatch.setenv("FOEDUS_CHECKPOINTING", value)
+    process = WorkerProcess(work)
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 @pytest.mark.parametrize(
