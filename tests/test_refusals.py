@@ -26,8 +26,9 @@ from foedus_coordinator.executor import serve
 from foedus_model.presets import TINY
 from foedus_protocols.certificates import CertificateAuthority, make_request
 from foedus_protocols.identity import load_tls_key
-from foedus_protocols.layout import attention_layout, vector_digest, write_peft
+from foedus_protocols.layout import attention_layout, vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
+from foedus_protocols.peft_folder import write_peft
 from support.refusals import refusal, run, state
 
 FEDERATION = "north"

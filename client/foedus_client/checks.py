@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+from foedus_model.adapter import AttachedAdapter
 from foedus_protocols.errors import PrivacyCheckFailed
+from foedus_protocols.layout import Layout, is_lora_a
 from numpy.typing import NDArray
+from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from foedus_client.noise import RandomBytes, RoundedGaussian
 from foedus_client.privacy import BoundedSum, StepTerms, grid, squared_limit
@@ -41,6 +46,8 @@ _NOISE_COORDINATES = 1 << 16  # Six deviations of the sample variance are then 3
 _COUPLING = 1e-3  # Of the clip: what removing a unit may change beyond that unit's own gradient (rounding on a GPU).
 _ACCOUNTANTS_AGREE = 0.05
 _DROPPED_UNITS = 2
+_REACH_TOKENS = 64
+_FORCED_LOGIT = 1e4  # Above any router's, and a softmax over it is still exact to 1e-3.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +137,85 @@ def gradient_check(adapter: Adapter, unit: SyntheticUnit) -> NDArray[np.float32]
     for parameter in adapter.trained:
         part = gradient[start : start + parameter.numel()]
         start += parameter.numel()
-        if not np.isfinite(part).all() or not part.any():
-            came = "zero" if np.isfinite(part).all() else "not finite"
-            raise PrivacyCheckFailed(
-                f"expected a finite, non-zero gradient on a synthetic record, got one that is {came} for "
-                f"{names.get(id(parameter), 'an unattached tensor')}: check the adapter's targets and the base"
-            )
+        _require_trains(part, names.get(id(parameter), "an unattached tensor"))
     return gradient
+
+
+def reach_check(adapter: AttachedAdapter, *, max_tokens: int, rng: RandomBytes = os.urandom) -> None:
+    """Every matrix of the adapter can train: its gradient on a synthetic record is finite and not zero.
+
+    At the start every B is zero, and with it every gradient of A; where A trains, it is looked at after one step. A
+    router sends eight random tokens where it likes, so where each expert has a pair of its own, all tokens are sent to
+    the experts of each group in turn.
+
+    Args:
+        adapter: With the vector that every run starts from loaded; it is loaded again at the end.
+        max_tokens: Of a record of the run; the synthetic one has at most 64.
+        rng: Makes the record.
+
+    Raises:
+        PrivacyCheckFailed: With the matrix's name, and its expert where it has one.
+    """
+    start = adapter.vector()
+    config = adapter.model.config
+    record = _record(int(config.vocab_size), max(8, min(max_tokens, _REACH_TOKENS)), rng)
+    try:
+        for group in _expert_groups(adapter):
+            with _sent_to(adapter.model, group):
+                gradient = unit_gradient(adapter, [record])
+                _require_reached(adapter.layout, gradient, group, lora_a=False)
+                if any(is_lora_a(tensor) for tensor in adapter.layout.trained()):
+                    adapter.load_vector(start - gradient / np.linalg.norm(gradient))
+                    _require_reached(adapter.layout, unit_gradient(adapter, [record]), group, lora_a=True)
+                    adapter.load_vector(start)
+    finally:
+        adapter.load_vector(start)
+
+
+def _expert_groups(adapter: AttachedAdapter) -> list[range]:
+    """Experts to send tokens to, as many at once as a token has; one empty group where no matrix is one expert's."""
+    experts = adapter.layout.num_experts
+    if all(len(tensor.shape) == 2 or tensor.shape[0] == 1 for tensor in adapter.layout.trained()):
+        return [range(0)]
+    at_once = int(adapter.model.config.num_experts_per_tok)
+    return [range(first, min(first + at_once, experts)) for first in range(0, experts, at_once)]
+
+
+@contextmanager
+def _sent_to(model: nn.Module, experts: range) -> Iterator[None]:
+    """Every router prefers these experts, by a bias of its own for the time; the base's stays as it is."""
+    biased = [module for module in model.modules() if experts and isinstance(module, GptOssTopKRouter)]
+    kept = [module.bias for module in biased]
+    for module, bias in zip(biased, kept, strict=True):
+        forced = bias.detach().clone()
+        forced[list(experts)] += _FORCED_LOGIT
+        module.bias = nn.Parameter(forced, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, bias in zip(biased, kept, strict=True):
+            module.bias = bias
+
+
+def _require_reached(layout: Layout, gradient: NDArray[np.float32], experts: range, *, lora_a: bool) -> None:
+    """Raise where one A (or one B), or an expert's in a stack of them, has a gradient of zero or no number."""
+    for tensor in layout.trained():
+        if is_lora_a(tensor) != lora_a:
+            continue
+        part = gradient[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
+        stacked = len(tensor.shape) == 3 and tensor.shape[0] > 1
+        for expert in experts if stacked else (None,):
+            _require_trains(part if expert is None else part[expert], tensor.name, expert)
+
+
+def _require_trains(part: NDArray[np.float32], name: str, expert: int | None = None) -> None:
+    if not np.isfinite(part).all() or not part.any():
+        came = "zero" if np.isfinite(part).all() else "not finite"
+        whose = "" if expert is None else f", expert {expert}"
+        raise PrivacyCheckFailed(
+            f"expected a finite, non-zero gradient on a synthetic record, got one that is {came} for "
+            f"{name}{whose}: check the adapter's targets and the base"
+        )
 
 
 def sensitivity_check(

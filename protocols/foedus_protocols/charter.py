@@ -91,9 +91,7 @@ class Adapter(Terms):
         Raises:
             ConfigError: The base has not the layers that are named, or its configuration misses a width.
         """
-        return adapter_layout(
-            base_config, targets=self.targets, rank=self.rank, layers=self.layers, train=self.trains
-        )
+        return adapter_layout(base_config, targets=self.targets, rank=self.rank, layers=self.layers, train=self.trains)
 
     def start(self, base_config: Callable[[], Mapping[str, Any]]) -> Vector:
         """The trained matrices before round 1 of a run that extends nothing: zeros, and a trained A from the seed.

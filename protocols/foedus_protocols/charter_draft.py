@@ -202,9 +202,7 @@ def draft(
     return charter
 
 
-def _participant(
-    declared: DraftParticipant, terms: CharterDraft, roster: Roster, length: int
-) -> Participant:
+def _participant(declared: DraftParticipant, terms: CharterDraft, roster: Roster, length: int) -> Participant:
     """The constants of one organisation, for a vector of `length`."""
     constants = accounting.party_constants(declared.units_at_most, terms.privacy.target_units)
     noise = 0.0

@@ -204,7 +204,9 @@ def folder_layout(folder: Path, base_config: Mapping[str, Any], manifest: Mappin
     terms = terms if isinstance(terms, dict) else {}
     targets = terms.get("targets", described.kind)
     if str(targets).partition("-")[0] != described.kind:
-        raise CheckpointError(f"expected an adapter of {targets} in {folder}, as its manifest says, got {described.kind}")
+        raise CheckpointError(
+            f"expected an adapter of {targets} in {folder}, as its manifest says, got {described.kind}"
+        )
     return adapter_layout(
         base_config, targets=targets, rank=described.rank, layers=described.layers, train=terms.get("train") or "b"
     )

@@ -52,6 +52,11 @@ def charter_of(federation: Any, run: str) -> Charter:
     return Charter.parse(federation.home.files.path(row.charter_digest).read_bytes())
 
 
+def before_round_1(federation: Any, charter: Charter) -> Chain:
+    base_config = federation.home.storage.run(federation.run_id).base_config
+    return Chain(charter, run=federation.run_id, files=federation.home.files, base_config=base_config)
+
+
 @pytest.fixture
 def ended(federation: Any, pump: Any) -> Any:
     """A federation whose private run of two rounds is complete."""
@@ -81,8 +86,7 @@ def test_an_extension_goes_on_from_adapter_and_state_and_counts_what_is_spent(en
     # Every organisation came to these adapters by replaying both runs the plain way, moments included.
     for org in ended.orgs.values():
         assert org.adapters[-1] == closed[-1].adapter_digest
-    chain = Chain(new, run=ended.run_id, files=ended.home.files)
-    assert chain._state.step == 2
+    assert before_round_1(ended, new)._state.step == 2
     manifest = json.loads((Path(row.variant) / "manifest.json").read_text())["manifest"]
     assert manifest["privacy"]["epsilon"] == pytest.approx(offered["epsilon"], abs=3e-4)
     assert manifest["extends"]["run"] == first_run
@@ -100,7 +104,7 @@ def test_a_chain_of_extensions(ended: Any, pump: Any) -> None:
     assert third["epsilon"] > second["epsilon"]
     assert first_charter(charter, ended.home.files) == charter_of(ended, first_run)
     play(ended, pump)
-    assert Chain(charter, run=third["run"], files=ended.home.files)._state.step == 3
+    assert before_round_1(ended, charter)._state.step == 3
     with pytest.raises(VerificationError, match="began a chain"):
         epsilon_after(charter, 1)
 

@@ -12,12 +12,13 @@ from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
 from foedus_coordinator.figures import losses
 from foedus_coordinator.variant import MANIFEST_CONTEXT, card, epsilon_after, write_variant
-from foedus_protocols import layout
+from foedus_protocols import layout, peft_folder
 from foedus_protocols.canonical import canonical_bytes
 from foedus_protocols.errors import VerificationError
 from foedus_protocols.files import DiskTrouble
 from foedus_protocols.identity import verify
 from foedus_protocols.messages import Scores
+from foedus_protocols.peft_folder import read_peft
 from safetensors import SafetensorError
 
 PRIVATE = {
@@ -39,7 +40,7 @@ def finished(federation: Any, **changes: Any) -> tuple[Any, Chain, dict[str, Any
     run.storage.update_round(run.id, 1, state="closed", survivors=json.dumps(["alpha", "beta"]))
     run.storage.update_round(run.id, 2, state="failed", reason="short")
     run.storage.update_run(run.id, outcome="complete")
-    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain = run.chain(0)
     chain.adapter = np.arange(run.charter.adapter.length, dtype=np.float32) / 100
     chain.closed = 1
     folder = write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
@@ -84,7 +85,7 @@ def test_mode_none_says_not_private_everywhere(federation: Any) -> None:
 def test_the_peft_files_hold_the_adapter(federation: Any) -> None:
     run, chain, _, folder = finished(federation)
     shape = layout.attention_layout(json.loads(federation.home.storage.run(run.id).base_config), rank=2)
-    read = layout.read_peft(folder, shape)
+    read = read_peft(folder, shape)
     assert np.array_equal(read.vector, chain.adapter)
     assert (read.rank, read.alpha, read.base_name) == (2, 4.0, "toy")
 
@@ -103,7 +104,7 @@ def test_another_base_configuration_is_refused(federation: Any) -> None:
     other = canonical_bytes(json.loads(federation.home.storage.run(federation.run_id).base_config) | {"head_dim": 8})
     federation.home.storage.update_run(federation.run_id, base_config=other)
     run = federation.run()
-    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain = run.chain(0)
     with pytest.raises(VerificationError, match="expected the layout"):
         write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
 
@@ -136,7 +137,7 @@ def test_a_slot_and_a_chosen_adapter_stand_on_the_card(federation: Any) -> None:
     with run.storage.write() as connection:
         for after, loss in enumerate((100.0, 40.0, 70.0)):
             figures.add_scores(connection, run.id, after, "alpha", Scores(loss_sum=loss, tokens=100, units=4))
-    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain = run.chain(0)
     chain.closed = 1
     folder = write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
     manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
@@ -164,12 +165,12 @@ def test_the_lowest_loss_is_the_latest_of_equals() -> None:
 def test_a_full_disk_is_trouble_that_passes(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     federation.start_run()
     run = federation.run()
-    chain = Chain(run.charter, run=run.id, files=run.files)
+    chain = run.chain(0)
 
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(layout, "save_file", full)
+    monkeypatch.setattr(peft_folder, "save_file", full)
     with pytest.raises(DiskTrouble, match="No space left"):
         write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
     assert not list((federation.root / "variants").glob("*-NOT-PRIVATE"))

@@ -27,16 +27,9 @@ from foedus_protocols import rules
 from foedus_protocols.accounting import Event
 from foedus_protocols.charter_draft import charter_template, draft, read_draft
 from foedus_protocols.identity import generate_signing_key, generate_tls_key, load_signing_key, load_tls_key, save_key
-from foedus_protocols.layout import (
-    ADAPTER_FILE,
-    CONFIG_FILE,
-    attention_layout,
-    initial_vector,
-    read_peft,
-    read_peft_config,
-    write_peft,
-)
+from foedus_protocols.layout import attention_layout, initial_vector
 from foedus_protocols.manifest import read_config, write_manifest
+from foedus_protocols.peft_folder import ADAPTER_FILE, CONFIG_FILE, read_peft, read_peft_config, write_peft
 from fuzz import mutate
 from fuzz.watch import MARKER, Target
 from safetensors.numpy import save_file
@@ -168,7 +161,7 @@ def _adapters(scratch: Path) -> Iterator[Target]:
     layout = attention_layout(TINY_CONFIG, rank=2)
     folder = scratch / "peft"
     write_peft(
-        folder, layout=layout, vector=initial_vector(layout), seed="s", rank=2, alpha=4.0, base_name="tiny"
+        folder, layout=layout, vector=initial_vector(layout, "s"), seed="s", rank=2, alpha=4.0, base_name="tiny"
     )  # fmt: skip
     weights = (folder / ADAPTER_FILE).read_bytes()
     yield Target(

@@ -13,7 +13,8 @@ from foedus_model.adapter import AttachedAdapter, LoraLinear, attach
 from foedus_model.build import load_base
 from foedus_protocols.canonical import digest_file
 from foedus_protocols.errors import CheckpointError
-from foedus_protocols.layout import Layout, Tensor, attention_layout, fixed_tensors, write_peft
+from foedus_protocols.layout import Layout, Tensor, attention_layout, fixed_tensors
+from foedus_protocols.peft_folder import write_peft
 from peft import PeftModel
 from torch.nn import functional
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from foedus_model.generate import load_generator
 from foedus_model.presets import TINY
-from foedus_protocols.layout import attention_layout, vector_digest, write_peft
+from foedus_protocols.layout import attention_layout, vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
+from foedus_protocols.peft_folder import write_peft
 from peft import PeftModel
 from transformers import GptOssForCausalLM
 

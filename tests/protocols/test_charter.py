@@ -74,7 +74,7 @@ def test_parse_refuses_what_leans_on_defaults(league: Any) -> None:
         ("schedule", {"vector_slot_seconds": -1}),
         ("schedule", {"vector_slot_seconds": "60"}),
         ("release", {"adapter": "worst"}),
-        ("adapter", {"targets": "experts"}),
+        ("adapter", {"targets": "router"}),
         ("adapter", {"initial_digest": "B" * 64}),
     ],
 )
@@ -119,7 +119,7 @@ def test_the_best_adapter_needs_scores_to_choose_by(league: Any) -> None:
 def test_seeded_draws_do_not_repeat_in_an_extension(league: Any) -> None:
     charter = league.draft(privacy={"mode": "none", "rounds": 4}, seed=3)
     extends = dict.fromkeys(("charter", "history", "adapter"), "a" * 64) | {"run": "first-1", "rounds_spent": 4}
-    adapter = charter.adapter.model_dump(mode="json") | {"initial_digest": "a" * 64}
+    adapter = charter.adapter.model_dump(mode="json", exclude_none=True) | {"initial_digest": "a" * 64}
     extension = Charter.parse(changed(charter, extends=extends, adapter=adapter))
     assert [extension.draw_number(number) for number in (1, 2)] == [5, 6]
     assert extension.coding_key("second-1", 1) == charter.coding_key("first-1", 5)

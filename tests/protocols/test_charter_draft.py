@@ -44,7 +44,9 @@ def test_update_bound_and_adapter_are_what_every_party_computes(league: Any) -> 
     charter = league.draft()
     described = layout.attention_layout(league.config, rank=4)
     assert (charter.adapter.length, charter.adapter.layout_digest) == (described.length, described.digest)
-    assert charter.adapter.initial_digest == layout.vector_digest(layout.initial_vector(described))
+    assert charter.adapter.initial_digest == layout.vector_digest(
+        layout.initial_vector(described, charter.adapter.seed)
+    )
     constants = [(one.weight, one.expected_units, one.noise_multiplier) for one in charter.participants]
     assert charter.masks.update_bound == codec.update_bound(constants, described.length)
 
@@ -105,9 +107,11 @@ def test_template_is_a_draft_and_its_comments_are_the_defaults(league: Any) -> N
     lines = charter_template().splitlines()
     switched_on = "\n".join(line[1:] if line.startswith("#") and not line.startswith("# ") else line for line in lines)
     value = tomllib.loads(switched_on)
-    # The three that have no default of their own: computed from the mode or from the number of members.
+    # Those that have no default of their own: computed from the mode, the targets or the number of members.
     assert (value.pop("seed"), value["masks"].pop("min_survivors"), value["masks"].pop("ring_bits")) == (1, 2, 16)
     assert (value["privacy"].pop("epsilon"), value["privacy"].pop("delta")) == (8.0, 1e-5)
+    adapter = value["adapter"]
+    assert (adapter.pop("layers"), adapter.pop("rank"), adapter.pop("alpha")) == ([0, 1], 16, 32.0)
     assert CharterDraft.model_validate(value) == plain
 
 

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, MetricRecord, Record
 from flwr.serverapp import strategy
 from foedus_protocols import codec, rotation, rules
 from foedus_protocols.errors import ConfigError, VerificationError
-from foedus_protocols.layout import Vector, vector_digest, vector_from_bytes
+from foedus_protocols.layout import Vector, vector_digest
 from foedus_protocols.rules import Rule, advance, initial_state, mean_of_sum
 from numpy.typing import NDArray
 from support.coded import decode_sum
@@ -53,9 +53,7 @@ def test_checked_in_outcomes(case: dict[str, Any]) -> None:
     """A change of any of these digests is a change of the protocol: every party would get another adapter."""
     coding = codec.Coding(**case["coding"])
     rule = Rule(**case["rule"])
-    adapter = vector_from_bytes(
-        np.resize(np.array(case["adapter"], dtype="<f4"), coding.length).tobytes(), length=coding.length
-    )
+    adapter = np.resize(np.array(case["adapter"], dtype=np.float32), coding.length)
     sums = [
         RoundSum(
             words=case_words(case, number, coding.padded),
