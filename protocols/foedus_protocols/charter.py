@@ -186,8 +186,8 @@ class Extends(Terms):
         charter: Digest of its charter, which every participant has signed.
         history: Digest of its closed rounds (`messages.History`); replaying them gives the adapter and the state.
         adapter: Digest of the adapter that follows from them, where this charter starts.
-        rounds_spent: Rounds that the ended run, those that it extends, and extensions of them that failed, opened. Closed
-            or failed, each is spent.
+        rounds_spent: Rounds that the ended run, those that it extends, and extensions of them that failed, opened.
+            Closed or failed, each is spent.
     """
 
     run: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")]

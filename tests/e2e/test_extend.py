@@ -13,6 +13,7 @@ from foedus_coordinator import views
 from foedus_coordinator.config import Home
 from foedus_local.federation import NAMESPACE, LocalFederation
 from foedus_local.processes import run_command
+from support.ledgers import head
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
 
@@ -65,11 +66,11 @@ def test_a_run_of_two_rounds_is_extended_by_one_and_the_budget_counts_three(make
     assert manifest["extends"]["run"] == run
 
     # Beyond the cap every ledger refuses, by number, and nothing is signed or spent.
-    heads = {org: Ledger(federation.home(org) / "ledger.db").head(NAMESPACE) for org in federation.organisations}
+    heads = {org: head(Ledger(federation.home(org) / "ledger.db"), NAMESPACE) for org in federation.organisations}
     beyond = finished(federation, extend(federation, offered["run"], 40)["run"])
     assert beyond["outcome"] == "refused"
     assert "check 10" in beyond["reason"]
     assert beyond["round_list"] == []
-    assert heads == {org: Ledger(federation.home(org) / "ledger.db").head(NAMESPACE) for org in heads}
+    assert heads == {org: head(Ledger(federation.home(org) / "ledger.db"), NAMESPACE) for org in heads}
     for org in federation.organisations:
         assert not list((federation.home(org) / "work").glob("position-*"))

@@ -14,6 +14,7 @@ from foedus_local.federation import NAMESPACE, LocalFederation
 from foedus_local.processes import run_command
 from foedus_protocols.accounting import Event
 from foedus_protocols.errors import FoedusError
+from support.ledgers import head
 from support.waiting import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
@@ -85,11 +86,11 @@ def test_a_run_completes_and_leaves_a_variant_a_spent_budget_and_clean_logs(make
     assert "noised vector" in (variant / "README.md").read_text()
 
     # The cap is reached: the same terms again are refused before anything is signed, and nothing changes.
-    heads = {org: Ledger(federation.home(org) / "ledger.db").head(NAMESPACE) for org in federation.organisations}
+    heads = {org: head(Ledger(federation.home(org) / "ledger.db"), NAMESPACE) for org in federation.organisations}
     again = finished(federation, federation.start_run(plan.charter() | {"name": "again"}))
     assert again["outcome"] == "refused"
     assert "check 10" in again["reason"]
-    assert heads == {org: Ledger(federation.home(org) / "ledger.db").head(NAMESPACE) for org in heads}
+    assert heads == {org: head(Ledger(federation.home(org) / "ledger.db"), NAMESPACE) for org in heads}
 
     federation.stop()
     secrets = [text for one in plan.organisations for text in _identifiers(one.file)] + _key_material(federation)

@@ -21,7 +21,7 @@ def coordinator(federation: LocalFederation, *words: str) -> dict[str, Any]:
 
 
 def test_a_run_is_paused_killed_resumed_and_stopped(make_federation: Any) -> None:
-    federation, plan = make_federation(rounds=4)
+    federation, plan = make_federation(rounds=12)
     storage = Home(federation.coordinator_home).storage
     run = federation.start_run(plan.charter())
 
