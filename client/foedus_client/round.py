@@ -53,7 +53,7 @@ from foedus_client.replay import AdapterDiffers, Position, catch_up, forget
 from foedus_client.seat import Ports, Seat
 from foedus_client.slots import wait_for_slot
 from foedus_client.state import RoundRecord
-from foedus_client.work import CheckTask, EvaluateTask, TrainTask
+from foedus_client.work import EvaluateTask, TrainTask
 
 _LOG = logging.getLogger("foedus.client")
 
