@@ -98,7 +98,7 @@ def template_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Mess
         CheckpointError: The template cannot be rendered with these messages.
     """
     check_messages(messages)
-    controls = sorted(special_ids(tokenizer), key=len, reverse=True)
+    controls = special_ids(tokenizer)
     if not controls:
         raise CheckpointError("expected control tokens in a tokenizer with a chat template, got none")
     firsts = {control[0] for control in controls}
@@ -108,10 +108,11 @@ def template_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Mess
     ids: list[int] = []
     last = ""
     # Only the template's own control tokens are whole in the rendered text: those in messages hold the mark.
-    for piece in re.split("(" + "|".join(map(re.escape, controls)) + ")", rendered):
+    longest_first = sorted(controls, key=len, reverse=True)
+    for piece in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", rendered):
         if piece in controls:
             last = piece
-            ids.append(tokenizer.token_to_id(piece))
+            ids.append(controls[piece])
         elif piece:
             ids += text_ids(tokenizer, piece.replace(mark, ""))
     if not ids:
@@ -150,14 +151,14 @@ def read_messages(path: Path) -> list[list[dict[str, str]]]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"expected {shape} in {path}, got: {error}") from error
+        raise UsageError(f"expected conversations, {shape}, in {path}, got: {error}") from error
     conversations = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
     for messages in conversations:
         if not isinstance(messages, list) or not all(
             isinstance(message, dict) and all(isinstance(text, str) for text in message.values())
             for message in messages
         ):
-            raise UsageError(f"expected {shape} in {path}, got something else")
+            raise UsageError(f"expected conversations, {shape}, in {path}, got something else")
         check_messages(messages)
     return list(conversations)
 

@@ -2,9 +2,8 @@
 
 transformers' own loop draws from one global generator, streams one request only and knows no stop texts; the model and
 its cache are transformers'. Requests of unequal length are padded on the **left** and padding is never seen: the mask
-hides it in full and sliding layers, and positions are counted from each request's own first token. Log-sparse layers
-group keys into blocks by their place in the row, so a model that has them decodes requests of equal length together and
-others after one another. A request that has ended leaves the batch.
+hides it in full and sliding layers, log-sparse layers count their blocks from each request's own first token, and so
+do positions. A request that has ended leaves the batch.
 
 A request's tokens are those it gets alone, up to the order of floating-point sums; a draw depends on its own seed only.
 
@@ -127,7 +126,7 @@ def stream(
     if batch < 1:
         raise UsageError(f"expected a batch of at least 1 request, got {batch}")
     _check_lengths(model, requests)
-    for numbers in _groups(model, requests, batch):
+    for numbers in _groups(requests, batch):
         rows = [_Row(number, requests[number], tokenizer) for number in numbers]
         running = _Batch(model, [row.request.prompt.ids for row in rows], use_cache=use_cache)
         while rows:
@@ -234,19 +233,11 @@ class _Batch:
             self._mask = torch.cat([self._mask, torch.ones_like(new)], dim=1)
 
 
-def _groups(model: GptOssForCausalLM, requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
-    """Which requests are decoded together: neighbours in length, and of one length where padding cannot be hidden."""
-    lengths = [len(request.prompt.ids) for request in requests]
-    order = sorted(range(len(requests)), key=lambda number: lengths[number])
-    equal = "log_sparse_attention" in (getattr(model.config, "layer_types", None) or ())
-    group: list[int] = []
-    for number in order:
-        if group and (len(group) == batch or (equal and lengths[number] != lengths[group[0]])):
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group
+def _groups(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
+    """Which requests are decoded together: neighbours in length, so that little is padded."""
+    order = sorted(range(len(requests)), key=lambda number: len(requests[number].prompt.ids))
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
 
 
 def _check_lengths(model: GptOssForCausalLM, requests: Sequence[Request]) -> None:
