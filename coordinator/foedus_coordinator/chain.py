@@ -49,6 +49,7 @@ class Chain:
         self._files = files
         self.closed = 0
         self.adapter: npt.NDArray[np.float32]  # (d,)
+        self._state: rules.State
         if charter.extends is not None:
             ended = Chain(_ended(charter, files), run=charter.extends.run, files=files, base_config=base_config)
             ended.follow(History.decode(files.read(charter.extends.history, max_bytes=MAX_HISTORY_BYTES)).rounds)

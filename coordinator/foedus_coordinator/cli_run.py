@@ -5,6 +5,7 @@ Commands write what they want into the database; the run's thread in `foedus coo
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

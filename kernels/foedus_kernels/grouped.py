@@ -1,8 +1,8 @@
 """Rows sorted by expert, and products of each expert's rows with that expert's matrix.
 
 A *row* is one (token, choice) pair. Sorted by expert, the rows of one expert are neighbours, and the layer's product is
-one small product an expert (a *grouped* product). Matrices come decoded a few experts at a time, so that what is decoded
-stays small and, on a CPU, in its cache.
+one small product an expert (a *grouped* product). Matrices come decoded a few experts at a time, so that what is
+decoded stays small and, on a CPU, in its cache.
 
 Each expert's rows can be padded with zeros to a multiple. A CPU's product sums in another order when it has few rows;
 with padding one unit's rows give the same bits alone and in a batch (`docs/model.md`).

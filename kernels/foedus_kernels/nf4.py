@@ -6,7 +6,7 @@ Layout of a matrix with ``N`` outputs and ``K`` inputs, row-major over outputs::
     scales  float32 [..., N, K/64]   the largest magnitude of the group; a value is code book[code] * scale
 
 (Dettmers et al. 2023, "QLoRA", appendix E.) The torch reference here gives bitsandbytes' bits in both directions. Where
-bitsandbytes is installed and faster it decodes: on CUDA, and on a CPU to float32, or to bfloat16 where the processor has
+bitsandbytes is installed and faster it decodes: on CUDA, and on a CPU to float32, or to bfloat16 where it has
 AVX-512. A short probe compares its bits with the reference's first, so that a result never depends on what is
 installed. Left out: double quantisation of the scales (`compress_statistics`), which saves 0.4 bits a value.
 """

@@ -1,8 +1,8 @@
 """A frozen linear layer whose matrix stays quantised.
 
 The matrix is decoded for the product and again for the gradient of the input; nothing decoded outlives a call. (A
-layer of 120b's attention decoded is 27 MB for q; keeping all of them would undo the quantisation.) There is no gradient
-for the matrix or the bias. The product itself is torch's; the fused kernels of bitsandbytes are the heavier alternative,
+layer of 120b's attention decoded is 27 MB for q; keeping all would undo the quantisation.) There is no gradient
+for the matrix or the bias. The product is torch's; the fused kernels of bitsandbytes are the heavier alternative,
 and round differently for one row than for many.
 """
 

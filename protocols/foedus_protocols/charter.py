@@ -269,7 +269,8 @@ class Charter(Terms):
                 (".".join(map(str, item["loc"])) or "the whole") + ": " + item["msg"] for item in error.errors()
             )
             raise VerificationError(
-                f"expected a charter of version 1, got: {found}. Where a newer version of Foedus wrote it, update this one"
+                f"expected a charter of version 1, got: {found}. "
+                "Where a newer version of Foedus wrote it, update this one"
             ) from None
         if charter.canonical() != data:
             raise VerificationError("expected a charter with every field written out, got one that leans on defaults")
