@@ -49,7 +49,9 @@ def shaped(
         if value is None:
             continue
         if not least.get(field, 1) <= value <= config[field]:
-            raise UsageError(f"expected {least.get(field, 1)} to {config[field]} for {field} of {name}, got {value}")
+            raise UsageError(
+                f"expected {field} of the preset {name} to be cut to {least.get(field, 1)} to {config[field]}, got {value}"
+            )
         config[field] = value
     config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):

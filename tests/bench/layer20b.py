@@ -156,12 +156,12 @@ def _differences(held: dict[str, torch.Tensor], reference: dict[str, torch.Tenso
 
 
 def _print(rows: list[dict[str, Any]], experts: float, logits: float) -> None:
-    print(
-        "| | imports | loaded | peak of loading | peak | mapped of it | load core-s | forward core-s | logits apart | experts apart |"
-    )
+    kinds = ("imports", "loaded", "load_peak", "peak", "mapped")
+    columns = ("imports", "loaded", "peak of loading", "peak", "mapped of it")
+    print("| | " + " | ".join([*columns, "load core-s", "forward core-s", "logits apart", "experts apart"]) + " |")
     print("| --- |" + " ---: |" * 9)
     for row in rows:
-        sizes = " | ".join(f"{row[key] / 1e9:.2f} GB" for key in ("imports", "loaded", "load_peak", "peak", "mapped"))
+        sizes = " | ".join(f"{row[key] / 1e9:.2f} GB" for key in kinds)
         times = f"{row['load_seconds']:.1f} | {row['forward_seconds']:.1f}"
         print(f"| {row['side']} | {sizes} | {times} | {row['logits_apart']:.1e} | {row['experts_apart']:.1e} |")
     print(f"\nStandard deviation of the reference: experts' output {experts:.2f}, logits {logits:.2f}.")
