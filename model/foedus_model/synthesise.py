@@ -48,9 +48,10 @@ def shaped(
     for field, value in asked.items():
         if value is None:
             continue
-        if not least.get(field, 1) <= value <= config[field]:
+        lowest = least.get(field, 1)
+        if not lowest <= value <= config[field]:
             raise UsageError(
-                f"expected {field} of the preset {name} to be cut to {least.get(field, 1)} to {config[field]}, got {value}"
+                f"expected {field} of the preset {name} to be cut to {lowest} to {config[field]}, got {value}"
             )
         config[field] = value
     config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
