@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 from foedus_model.adapter import AttachedAdapter
 from foedus_protocols.errors import PrivacyCheckFailed
 from foedus_protocols.layout import Layout, is_lora_a
@@ -47,7 +48,6 @@ _COUPLING = 1e-3  # Of the clip: what removing a unit may change beyond that uni
 _ACCOUNTANTS_AGREE = 0.05
 _DROPPED_UNITS = 2
 _REACH_TOKENS = 64
-_FORCED_LOGIT = 1e4  # Above any router's, and a softmax over it is still exact to 1e-3.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +157,16 @@ def reach_check(adapter: AttachedAdapter, *, max_tokens: int, rng: RandomBytes =
         PrivacyCheckFailed: With the matrix's name, and its expert where it has one.
     """
     start = adapter.vector()
-    config = adapter.model.config
-    record = _record(int(config.vocab_size), max(8, min(max_tokens, _REACH_TOKENS)), rng)
+    record = _record(int(adapter.model.config.vocab_size), max(8, min(max_tokens, _REACH_TOKENS)), rng)
+    trains_a = any(is_lora_a(tensor) for tensor in adapter.layout.trained())
     try:
         for group in _expert_groups(adapter):
             with _sent_to(adapter.model, group):
                 gradient = unit_gradient(adapter, [record])
-                _require_reached(adapter.layout, gradient, group, lora_a=False)
-                if any(is_lora_a(tensor) for tensor in adapter.layout.trained()):
+                _require_reached(adapter.layout, gradient, group, but_a=True)
+                if trains_a:
                     adapter.load_vector(start - gradient / np.linalg.norm(gradient))
-                    _require_reached(adapter.layout, unit_gradient(adapter, [record]), group, lora_a=True)
+                    _require_reached(adapter.layout, unit_gradient(adapter, [record]), group, but_a=False)
                     adapter.load_vector(start)
     finally:
         adapter.load_vector(start)
@@ -183,29 +183,36 @@ def _expert_groups(adapter: AttachedAdapter) -> list[range]:
 
 @contextmanager
 def _sent_to(model: nn.Module, experts: range) -> Iterator[None]:
-    """Every router prefers these experts, by a bias of its own for the time; the base's stays as it is."""
-    biased = [module for module in model.modules() if experts and isinstance(module, GptOssTopKRouter)]
-    kept = [module.bias for module in biased]
-    for module, bias in zip(biased, kept, strict=True):
-        forced = bias.detach().clone()
-        forced[list(experts)] += _FORCED_LOGIT
-        module.bias = nn.Parameter(forced, requires_grad=False)
+    """Every router sends every token to these experts, by matrices for the time; the base's are put back."""
+    routers = [module for module in model.modules() if experts and isinstance(module, GptOssTopKRouter)]
+    kept = [(router.weight, router.bias) for router in routers]
+    for router in routers:
+        bias = torch.zeros_like(router.bias)
+        bias[list(experts)] = 1.0
+        router.weight = nn.Parameter(torch.zeros_like(router.weight), requires_grad=False)
+        router.bias = nn.Parameter(bias, requires_grad=False)
     try:
         yield
     finally:
-        for module, bias in zip(biased, kept, strict=True):
-            module.bias = bias
+        for router, (weight, bias) in zip(routers, kept, strict=True):
+            router.weight, router.bias = weight, bias
 
 
-def _require_reached(layout: Layout, gradient: NDArray[np.float32], experts: range, *, lora_a: bool) -> None:
-    """Raise where one A (or one B), or an expert's in a stack of them, has a gradient of zero or no number."""
+def _require_reached(layout: Layout, gradient: NDArray[np.float32], experts: range, *, but_a: bool) -> None:
+    """Raise where a gradient is no number, or zero: of a whole matrix, or in a stack of each of these experts.
+
+    With `but_a` an A may have none.
+    """
     for tensor in layout.trained():
-        if is_lora_a(tensor) != lora_a:
-            continue
         part = gradient[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
-        stacked = len(tensor.shape) == 3 and tensor.shape[0] > 1
-        for expert in experts if stacked else (None,):
-            _require_trains(part if expert is None else part[expert], tensor.name, expert)
+        may_rest = but_a and is_lora_a(tensor)
+        if len(tensor.shape) == 2 or tensor.shape[0] == 1:
+            if part.any() or not may_rest:
+                _require_trains(part, tensor.name)
+            continue
+        for expert, found in enumerate(part):
+            if found.any() or not (may_rest or expert not in experts):
+                _require_trains(found, tensor.name, expert)
 
 
 def _require_trains(part: NDArray[np.float32], name: str, expert: int | None = None) -> None:

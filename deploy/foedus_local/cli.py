@@ -11,12 +11,15 @@ from foedus_protocols.console import Format, FormatOption, emit, progress_consol
 from foedus_protocols.errors import UsageError
 
 from foedus_local.options import (
+    Adapted,
+    AdapterOption,
     BaseOption,
     ClipOption,
     DeltaOption,
     EpsilonOption,
     EvaluateEveryOption,
     ExpectedUnitsOption,
+    LayersOption,
     MaxHeldoutRecordsOption,
     MaxRecordsPerUnitOption,
     MaxTokensOption,
@@ -25,7 +28,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Plan, Terms, check_domain, plan_data, plan_invented
+from foedus_local.plan import Plan, Terms, check_domain, parse_layers, plan_data, plan_invented
 
 app = typer.Typer(help="A whole federation on this machine.")
 
@@ -55,6 +58,8 @@ def demo(
     no_privacy: NoPrivacyOption = False,
     folder: Annotated[Path | None, typer.Option(help="Where everything goes; default: ./foedus-demo.")] = None,
     base: BaseOption = None,
+    adapter: AdapterOption = Adapted.attention,
+    layers: LayersOption = None,
     max_tokens: MaxTokensOption = 256,
     max_records_per_unit: MaxRecordsPerUnitOption = 4,
     expected_units: ExpectedUnitsOption = 64,
@@ -75,7 +80,7 @@ def demo(
         private=not no_privacy, epsilon=epsilon, delta=delta, rounds=rounds, seed=seed, max_tokens=max_tokens,
         max_records_per_unit=max_records_per_unit, expected_units=expected_units,
         max_heldout_records=max_heldout_records, rate=rate, l2_clip_norm=clip, evaluate_every=evaluate_every,
-        round_seconds=round_seconds,
+        round_seconds=round_seconds, adapter=adapter.value, layers=parse_layers(layers),
     )  # fmt: skip
     model = base or shipped_base()
     # What cannot be meant is found before an earlier demo's folder is emptied.

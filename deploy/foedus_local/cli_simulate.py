@@ -11,12 +11,15 @@ from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 
 from foedus_local.options import (
+    Adapted,
+    AdapterOption,
     BaseOption,
     ClipOption,
     DeltaOption,
     EpsilonOption,
     EvaluateEveryOption,
     ExpectedUnitsOption,
+    LayersOption,
     MaxHeldoutRecordsOption,
     MaxRecordsPerUnitOption,
     MaxTokensOption,
@@ -25,7 +28,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Terms, plan_split, read_deal
+from foedus_local.plan import Terms, parse_layers, plan_split, read_deal
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
 
@@ -48,6 +51,8 @@ def simulate(
     actors: Annotated[int | None, typer.Option(min=1, help="Virtual workers at a time; default: one a core.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where everything goes; default: ./foedus-simulation.")] = None,
     base: BaseOption = None,
+    adapter: AdapterOption = Adapted.attention,
+    layers: LayersOption = None,
     max_tokens: MaxTokensOption = 256,
     max_records_per_unit: MaxRecordsPerUnitOption = 4,
     expected_units: ExpectedUnitsOption = 64,
@@ -67,7 +72,7 @@ def simulate(
         private=not no_privacy, epsilon=epsilon, delta=delta, rounds=rounds, seed=seed, max_tokens=max_tokens,
         max_records_per_unit=max_records_per_unit, expected_units=expected_units,
         max_heldout_records=max_heldout_records, rate=rate, l2_clip_norm=clip, evaluate_every=evaluate_every,
-        round_seconds=round_seconds,
+        round_seconds=round_seconds, adapter=adapter.value, layers=parse_layers(layers),
     )  # fmt: skip
     model = base or shipped_base()
     # What cannot be meant is found before an earlier simulation's folder is emptied.

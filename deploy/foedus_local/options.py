@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+
+class Adapted(StrEnum):
+    """What an adapter can be put on, under the charter's names."""
+
+    attention = "attention"
+    shared = "experts-shared"
+    experts = "experts"
+
+
+AdapterOption = Annotated[
+    Adapted, typer.Option(help="What is adapted: attention, a layer's experts by one pair, or each expert by its own.")
+]
+LayersOption = Annotated[str | None, typer.Option(help="Adapted layers, such as 0,2; default: all.")]
 EpsilonOption = Annotated[float, typer.Option(help="What one unit may lose.")]
 DeltaOption = Annotated[float, typer.Option(help="At most 1/(10 x units) of every organisation.")]
 RoundsOption = Annotated[int, typer.Option(help="Rounds.")]

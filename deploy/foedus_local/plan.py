@@ -27,7 +27,10 @@ DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The free terms of a demo's charter (units in the names; `docs/privacy.md` explains each)."""
+    """The free terms of a demo's charter (units in the names; `docs/privacy.md` explains each).
+
+    `adapter` and `layers` are the charter's `adapter.targets` and `adapter.layers`.
+    """
 
     private: bool
     epsilon: float
@@ -42,6 +45,8 @@ class Terms:
     l2_clip_norm: float
     evaluate_every: int
     round_seconds: float
+    adapter: str = "attention"
+    layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,7 @@ class Plan:
             "participants": [
                 {"id": one.org, "unit": one.unit, "units_at_most": one.units_at_most} for one in self.organisations
             ],
+            "adapter": {"targets": terms.adapter} | ({} if terms.layers is None else {"layers": list(terms.layers)}),
             "recipe": {
                 "max_tokens": terms.max_tokens,
                 "max_records_per_unit": terms.max_records_per_unit,
@@ -93,6 +99,23 @@ class Plan:
                 "max_records": terms.max_heldout_records,
             },
         }
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers of ``--layers 0,2``; None for all.
+
+    Raises:
+        UsageError: Not whole numbers, ascending, between commas.
+    """
+    if text is None:
+        return None
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
+        raise UsageError(f"expected --layers as numbers between commas, such as 0,2, got {text!r}")
+    layers = tuple(int(number) for number in numbers)
+    if list(layers) != sorted(set(layers)):
+        raise UsageError(f"expected --layers ascending, each once, got {text!r}")
+    return layers
 
 
 def check_domain(domain: str) -> None:

@@ -320,7 +320,7 @@ unit = "patient"
 units_at_most = 512
 
 [adapter]
-#targets = "{adapter.targets}"          # attention | experts-shared: a pair for a layer's experts | experts: one for each
+#targets = "{adapter.targets}"          # attention | experts-shared: one pair for a layer's experts | experts: one each
 #layers = [0, 1]                # default: all of the base
 #rank = {_DEFAULT_RANK}                      # inner dimension; default for experts: 16 over the experts of a token
 #alpha = {2.0 * _DEFAULT_RANK}                   # the adapter is scaled by alpha / rank; default for experts: 2 x rank

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.load import load_dataset
-from foedus_local.plan import Plan, plan_data, plan_invented, power_of_two
+from foedus_local.plan import Plan, parse_layers, plan_data, plan_invented, power_of_two
 from foedus_protocols.charter_draft import draft
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.identity import generate_signing_key, public_hex
@@ -137,3 +137,30 @@ def test_an_unknown_domain_is_refused(tmp_path: Path, make_terms: Any) -> None:
 @pytest.mark.parametrize(("count", "bound"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_the_declared_bound_is_the_next_power_of_two(count: int, bound: int) -> None:
     assert power_of_two(count) == bound
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "rank", "alpha", "length"),
+    [
+        ("attention", None, 16, 32.0, 24_576),
+        ("attention", (0, 3), 16, 32.0, 12_288),
+        ("experts-shared", None, 16, 32.0, 24_576),
+        # A pair for each expert of rank 16 over the two experts of a token.
+        ("experts", (3,), 8, 16.0, 16 * 8 * (256 + 128)),
+    ],
+)
+def test_an_adapter_and_its_layers_are_the_charters(
+    tmp_path: Path, make_terms: Any, targets: str, layers: tuple[int, ...] | None, rank: int, alpha: float, length: int
+) -> None:
+    adapter = charter_of(plan_invented(tmp_path, "medical", make_terms(adapter=targets, layers=layers))).adapter
+    assert (adapter.targets, adapter.layers, adapter.rank, adapter.alpha) == (targets, layers, rank, alpha)
+    assert adapter.length == length
+    assert adapter.train is None
+
+
+def test_layers_are_numbers_between_commas() -> None:
+    assert parse_layers(None) is None
+    assert parse_layers("0, 12") == (0, 12)
+    for wrong in ("", "all", "1,0", "1,1", "-1", "0;2", "12345"):
+        with pytest.raises(UsageError, match="--layers"):
+            parse_layers(wrong)

@@ -60,7 +60,7 @@ def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def require_equal(got: torch.Tensor, want: torch.Tensor, without: torch.Tensor) -> None:
-    """Equal within rounding, a hundred-thousandth of what the adapter changes: PEFT adds B A to W before the product."""
+    """Equal within rounding, a hundred-thousandth of the change: PEFT adds B A to W before the product."""
     change = float((want - without).abs().max())
     assert change > 0.5, "the adapter must matter for this comparison to mean anything"
     assert float((got - want).abs().max()) < 1e-5 * max(1.0, change)

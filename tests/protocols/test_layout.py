@@ -14,16 +14,19 @@ from foedus_protocols.layout import (
     Layout,
     Tensor,
     Vector,
+    adapter_layout,
     attention_layout,
     fixed_tensors,
     flatten,
+    initial_digest,
     initial_vector,
     unflatten,
     vector_bytes,
     vector_digest,
 )
 
-VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "layout.json").read_text(encoding="utf-8"))
+VECTORS_FOLDER = Path(__file__).parents[1] / "vectors"
+VECTORS = json.loads((VECTORS_FOLDER / "layout.json").read_text(encoding="utf-8"))
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -158,3 +161,80 @@ def test_a_layout_with_a_gap_or_a_repeated_name_is_refused() -> None:
         Layout(tensors=(a, Tensor(name="b", shape=(1,), offset=7, trained=True)))
     with pytest.raises(ConfigError, match="twice"):
         Layout(tensors=(a, Tensor(name="a", shape=(1,), offset=6, trained=True)))
+
+
+EXPERTS: dict[str, Any] = {**SMALL, "intermediate_size": 24, "num_local_experts": 5}
+
+
+def test_experts_have_a_pair_each_or_share_one() -> None:
+    each = adapter_layout(EXPERTS, targets="experts", rank=3)
+    shapes = [(tensor.name.removeprefix("base_model.model.model.layers."), tensor.shape) for tensor in each.tensors]
+    assert shapes[:5] == [
+        ("0.mlp.experts.base_layer.lora_A.weight", (5, 3, 32)),
+        ("0.mlp.experts.base_layer.lora_B.weight", (5, 48, 3)),
+        ("0.mlp.experts.lora_A.weight", (5, 3, 24)),
+        ("0.mlp.experts.lora_B.weight", (5, 32, 3)),
+        ("1.mlp.experts.base_layer.lora_A.weight", (5, 3, 32)),
+    ]  # fmt: skip
+    shared = adapter_layout(EXPERTS, targets="experts-shared", rank=3)
+    assert [tensor.shape for tensor in shared.tensors[:4]] == [(1, 3, 32), (1, 48, 3), (1, 3, 24), (1, 32, 3)]
+    assert each.length == 5 * shared.length == 2 * 5 * 3 * (48 + 32)
+    assert each.num_experts == shared.num_experts == 5
+    assert attention_layout(EXPERTS, rank=3).num_experts == 0
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts-shared", "experts"])
+def test_named_layers_are_the_only_ones(targets: str) -> None:
+    every, one = (adapter_layout(EXPERTS, targets=targets, rank=3, layers=layers) for layers in (None, [1]))
+    assert [(tensor.name, tensor.shape) for tensor in one.tensors] == [
+        (tensor.name, tensor.shape) for tensor in every.tensors if ".layers.1." in tensor.name
+    ]
+    assert one.length == every.length // 2
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts-shared", "experts"])
+def test_where_both_factors_train_a_starts_from_the_seed(targets: str) -> None:
+    """The matrices are those that would be fixed; every B is zero either way."""
+    fixed = adapter_layout(EXPERTS, targets=targets, rank=3)
+    both = adapter_layout(EXPERTS, targets=targets, rank=3, train="both")
+    assert both.fixed() == ()
+    assert both.length == fixed.length + sum(tensor.size for tensor in fixed.fixed())
+    start = unflatten(both, initial_vector(both, "s"))
+    seeded = fixed_tensors(fixed, "s")
+    for name, matrix in start.items():
+        assert np.array_equal(matrix, seeded.get(name, np.zeros_like(matrix))), name
+    assert not initial_vector(fixed, "s").any()
+
+
+@pytest.mark.parametrize("kept", json.loads((VECTORS_FOLDER / "layout-kinds.json").read_bytes())["cases"])
+def test_digests_of_other_kinds_are_checked_in(kept: dict[str, Any]) -> None:
+    """A change of any of these digests is a change of the protocol."""
+    layout = adapter_layout(EXPERTS, **kept["terms"])
+    matrices = fixed_tensors(layout, "foedus")
+    fixed = digest(b"".join(vector_bytes(matrices[tensor.name]) for tensor in layout.fixed()))
+    found = {"layout": layout.digest, "fixed": fixed, "initial": initial_digest(layout, "foedus")}
+    assert found == {name: kept[name] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"targets": "all-linear"}, "expected the targets attention, experts-shared or experts, got 'all-linear'"),
+        ({"train": "a"}, "expected b or both"),
+        ({"rank": 0}, "rank of at least 1"),
+        ({"layers": []}, r"from 0 to 1 for this base, got \[\]"),
+        ({"layers": [2]}, "from 0 to 1"),
+        ({"layers": [-1]}, "from 0 to 1"),
+        ({"layers": [1, 0]}, "ascending"),
+        ({"layers": [1, 1]}, "each once"),
+    ],
+)
+def test_an_adapter_that_reaches_nothing_is_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        adapter_layout(EXPERTS, **({"targets": "experts", "rank": 3} | changes))
+
+
+@pytest.mark.parametrize("field", ["intermediate_size", "num_local_experts"])
+def test_a_base_without_experts_is_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        adapter_layout({**EXPERTS, field: None}, targets="experts-shared", rank=3)

@@ -8,9 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foedus_protocols.errors import CheckpointError
-from foedus_protocols.layout import Layout, Vector, attention_layout, fixed_tensors, flatten
-from foedus_protocols.peft_folder import ADAPTER_FILE, CONFIG_FILE, read_peft, read_peft_config, write_peft
+from foedus_protocols.errors import CheckpointError, ConfigError
+from foedus_protocols.layout import (
+    Layout,
+    Vector,
+    adapter_layout,
+    attention_layout,
+    fixed_tensors,
+    flatten,
+    unflatten,
+)
+from foedus_protocols.peft_folder import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    folder_layout,
+    read_peft,
+    read_peft_config,
+    write_peft,
+)
 from safetensors.numpy import load_file, save_file
 
 SMALL: dict[str, Any] = {
@@ -138,3 +153,96 @@ def test_peft_and_we_read_each_others_folders(tmp_path: Path) -> None:
     assert all(np.array_equal(loaded[name], matrix) for name, matrix in fixed_tensors(layout, "s").items())
     model.save_pretrained(tmp_path / "theirs")
     assert np.array_equal(read_peft(tmp_path / "theirs", layout).vector, vector)
+
+
+EXPERTS: dict[str, Any] = {**SMALL, "intermediate_size": 24, "num_local_experts": 5}
+KINDS: dict[str, dict[str, Any]] = {
+    "attention in a layer": {"targets": "attention", "layers": [1]},
+    "attention, both": {"targets": "attention", "train": "both"},
+    "shared": {"targets": "experts-shared"},
+    "shared in a layer, both": {"targets": "experts-shared", "layers": [0], "train": "both"},
+    "experts": {"targets": "experts"},
+    "experts in a layer, both": {"targets": "experts", "layers": [1], "train": "both"},
+}
+
+
+def written(folder: Path, layout: Layout) -> Path:
+    write_peft(folder, layout=layout, vector=some_vector(layout), seed="s", rank=3, alpha=6, base_name="tiny")
+    return folder
+
+
+@pytest.mark.parametrize("terms", KINDS.values(), ids=KINDS)
+def test_every_kind_reads_back(terms: dict[str, Any], tmp_path: Path) -> None:
+    layout = adapter_layout(EXPERTS, rank=3, **terms)
+    folder = written(tmp_path, layout)
+    named = folder_layout(folder, EXPERTS, {"adapter_terms": terms})
+    assert named == layout
+    read = read_peft(folder, named)
+    assert np.array_equal(read.vector, some_vector(layout))
+    expected = fixed_tensors(layout, "s")
+    assert read.fixed.keys() == expected.keys()
+    assert all(np.array_equal(read.fixed[name], matrix) for name, matrix in expected.items())
+
+
+def test_without_a_manifest_experts_have_a_pair_each_and_b_trains(tmp_path: Path) -> None:
+    written(tmp_path, adapter_layout(EXPERTS, targets="experts-shared", rank=3, layers=[1]))
+    each = adapter_layout(EXPERTS, targets="experts", rank=3, layers=[1])
+    assert folder_layout(tmp_path, EXPERTS) == each
+    matrices = unflatten(each, read_peft(tmp_path, each).vector)
+    for matrix in matrices.values():
+        assert all(np.array_equal(one, matrix[0]) for one in matrix)
+
+
+def test_the_file_has_experts_slowest_in_a_and_fastest_in_b(tmp_path: Path) -> None:
+    layout = adapter_layout(EXPERTS, targets="experts", rank=3, layers=[1], train="both")
+    stacks = unflatten(layout, some_vector(layout))
+    stored = load_file(written(tmp_path, layout) / ADAPTER_FILE)
+    prefix = "base_model.model.model.layers.1.mlp.experts"
+    for place, inputs, outputs in ((f"{prefix}.base_layer", 32, 48), (prefix, 24, 32)):
+        a, b = (f"{place}.lora_{factor}.weight" for factor in "AB")
+        assert (stored[a].shape, stored[b].shape) == ((5 * 3, inputs), (outputs, 3 * 5))
+        for expert in range(5):
+            assert np.array_equal(stored[a][3 * expert : 3 * expert + 3], stacks[a][expert])
+            assert np.array_equal(stored[b][:, expert::5], stacks[b][expert])
+
+
+def test_experts_that_differ_share_no_pair(tmp_path: Path) -> None:
+    written(tmp_path, adapter_layout(EXPERTS, targets="experts", rank=3))
+    shared = folder_layout(tmp_path, EXPERTS, {"adapter_terms": {"targets": "experts-shared"}})
+    with pytest.raises(CheckpointError, match="the same for all 5 experts"):
+        read_peft(tmp_path, shared)
+
+
+@pytest.mark.parametrize("field", ["target_parameters", "target_modules"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["mlp.experts.gate_up_proj"],
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"],
+        ["layers.1.mlp.experts.gate_up_proj", "layers.0.mlp.experts.down_proj"],
+        ["layers.01.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj"],
+        ["layers.1.self_attn.q_proj"],
+        ["gate_proj"],
+        [1],
+        "all-linear",
+    ],
+    ids=str,
+)
+def test_targets_that_reach_other_matrices_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    """PEFT itself trains no expert for ``gate_proj`` or ``all-linear`` on a gpt-oss, and says nothing."""
+    written(tmp_path, adapter_layout(EXPERTS, targets="experts", rank=3))
+    config = json.loads((tmp_path / CONFIG_FILE).read_text(encoding="utf-8"))
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, field: value}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="expected target_modules"):
+        read_peft_config(tmp_path)
+
+
+def test_a_folder_of_another_kind_or_another_base_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, adapter_layout(EXPERTS, targets="experts", rank=3, layers=[1]))
+    with pytest.raises(CheckpointError, match="expected an adapter of attention"):
+        folder_layout(tmp_path, EXPERTS, {"adapter_terms": {"targets": "attention"}})
+    with pytest.raises(ConfigError, match="from 0 to 0 for this base"):
+        folder_layout(tmp_path, {**EXPERTS, "num_hidden_layers": 1})
+    fewer = folder_layout(tmp_path, {**EXPERTS, "num_local_experts": 4})
+    with pytest.raises(CheckpointError, match=r"of shape \(12, 32\), got float32 of shape \(15, 32\)"):
+        read_peft(tmp_path, fewer)

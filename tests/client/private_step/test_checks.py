@@ -14,9 +14,9 @@ import torch
 from foedus_client import checks, training
 from foedus_client.privacy import BoundedSum, StepTerms
 from foedus_model import presets
-from foedus_model.adapter import attach
+from foedus_model.adapter import AttachedAdapter, attach
 from foedus_protocols.errors import PrivacyCheckFailed
-from foedus_protocols.layout import attention_layout
+from foedus_protocols.layout import adapter_layout, attention_layout
 from transformers import GptOssConfig, GptOssForCausalLM
 
 STDDEV, RESOLUTION = 0.05, 0.05 / 1500
@@ -127,6 +127,91 @@ def test_preflight_passes_on_the_default_adapter_of_the_tiny_shape() -> None:
     figures = checks.preflight(adapter, terms=terms, noise=noise, max_tokens=32)
     assert figures["move_over_clip"] <= 1.0
     assert figures["noise_over_stated"] == pytest.approx(1.0, abs=0.04)
+
+
+KINDS = {
+    "attention": {"targets": "attention"},
+    "experts-shared": {"targets": "experts-shared", "layers": [1]},
+    "experts": {"targets": "experts", "layers": [0]},
+    "attention, both": {"targets": "attention", "train": "both"},
+    "experts-shared, both": {"targets": "experts-shared", "train": "both"},
+    "experts, both": {"targets": "experts", "layers": [1], "train": "both"},
+}
+
+
+def small_adapter(**terms) -> AttachedAdapter:
+    """An adapter on two layers of six experts, of which a token takes two; expert 5 of each layer is never chosen."""
+    config = presets.tiny(vocab_size=96) | {"num_hidden_layers": 2, "num_local_experts": 6, "hidden_size": 64}
+    config |= {"layer_types": ["sliding_attention", "full_attention"], "intermediate_size": 32}
+    described = {name: value for name, value in config.items() if name != "quantization_config"}
+    torch.manual_seed(1)
+    model = GptOssForCausalLM(GptOssConfig(**described)).requires_grad_(False).eval()
+    for layer in model.model.layers:
+        layer.mlp.router.bias[5] = -100.0
+    return attach(model, adapter_layout(config, rank=2, **terms), seed="test", alpha=4.0, rank=2)
+
+
+@pytest.mark.parametrize("terms", KINDS.values(), ids=KINDS)
+def test_reach_check_passes_on_every_kind_and_leaves_all_as_it_was(terms) -> None:
+    adapter = small_adapter(**terms)
+    before = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
+    checks.reach_check(adapter, max_tokens=32)
+    after = adapter.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_reach_check_needs_to_force_the_routing() -> None:
+    """What the router sends nowhere near expert 5 leaves its pair without a gradient."""
+    adapter = small_adapter(targets="experts", layers=[0])
+    unit = checks.synthetic_units(vocabulary=96, max_tokens=32, max_records=1, rng=os.urandom)[0]
+    gradient = training.unit_gradient(adapter, unit.records)
+    first = adapter.layout.trained()[0]
+    by_expert = gradient[: first.size].reshape(first.shape)
+    assert by_expert[0].any()
+    assert not by_expert[5].any()
+    checks.reach_check(adapter, max_tokens=32)
+
+
+@pytest.mark.parametrize(
+    ("terms", "module", "named"),
+    [
+        (KINDS["attention"], "layers.1.self_attn.k_proj.lora_A.weight", r"1\.self_attn\.k_proj\.lora_B\.weight: check"),
+        (KINDS["experts-shared"], "layers.1.mlp.experts.lora.down_proj_A", r"1\.mlp\.experts\.lora_B\.weight: check"),
+        (
+            KINDS["experts"],
+            "layers.0.mlp.experts.lora.gate_up_proj_A",
+            r"zero for .*0\.mlp\.experts\.base_layer\.lora_B\.weight, expert 4: check",
+        ),
+    ],
+    ids=["attention", "experts-shared", "experts"],
+)
+def test_reach_check_names_the_matrix_that_does_not_train(terms, module, named) -> None:
+    adapter = small_adapter(**terms)
+    parameter = adapter.model.model.get_parameter(module)
+    with torch.no_grad():
+        (parameter[4] if parameter.dim() == 3 and parameter.shape[0] > 1 else parameter).zero_()
+    with pytest.raises(PrivacyCheckFailed, match=named):
+        checks.reach_check(adapter, max_tokens=32)
+    assert not adapter.vector().any()
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "zero"), (math.nan, "not finite")])
+def test_reach_check_looks_at_a_after_one_step(monkeypatch, value, said) -> None:
+    """A back end that forgets the gradient of one expert's A, or makes no number of it."""
+    adapter = small_adapter(targets="experts", layers=[1], train="both")
+    start = adapter.vector()
+    wrong = next(tensor for tensor in adapter.layout.trained() if ".lora_A." in tensor.name)
+
+    def gradient_of(*arguments):
+        gradient = training.unit_gradient(*arguments)
+        gradient[wrong.offset : wrong.offset + wrong.size].reshape(wrong.shape)[3] = value
+        return gradient
+
+    monkeypatch.setattr(checks, "unit_gradient", gradient_of)
+    with pytest.raises(PrivacyCheckFailed, match=rf"{said} for .*base_layer\.lora_A\.weight, expert 3"):
+        checks.reach_check(adapter, max_tokens=32)
+    assert np.array_equal(adapter.vector(), start)
 
 
 def test_accountants_are_compared() -> None:
