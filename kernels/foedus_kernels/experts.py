@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from foedus_kernels import weights
 from foedus_kernels.expert_lora import ExpertLora, Pair, Segments
-from foedus_kernels.grouped import Order, Routing, add_bias_, product
+from foedus_kernels.grouped import Order, Routing, add_bias_, add_products_with_, product
 from foedus_kernels.weights import ExpertWeights
 
 
@@ -138,7 +138,7 @@ def experts_forward(
         pair.add_(outputs, inner, routing.rows_of)
     del inner
     add_bias_(outputs, down_bias, routing.rows_of)
-    chosen = routing.by_token(outputs).view(*expert_ids.shape, -1)  # (T, top-k, K)
+    chosen = routing.by_token(outputs).view(*expert_ids.shape, hidden.shape[1])  # (T, top-k, K)
     del outputs
     return chosen.mul_(expert_weights.unsqueeze(-1).to(chosen.dtype)).sum(1), found
 
@@ -186,8 +186,10 @@ def experts_backward(
     if pair and outer is not None:
         pair.add_adjoint_(adjoint, outer, routing.rows_of)
     if needs[1]:
-        by_row = routing.by_token((adjoint * inner).sum(1)).view(expert_weights.shape)  # (T, top-k)
-        found[1] = by_row.add_((grad @ down_bias.to(grad.dtype).T).gather(1, expert_ids)).to(expert_weights.dtype)
+        by_row = add_products_with_(  # (S,), row by row: a product of few tokens would sum in another order
+            (adjoint * inner).sum(1), sorted_grad, down_bias.to(grad.dtype), routing.rows_of
+        )
+        found[1] = routing.by_token(by_row).view(expert_weights.shape).to(expert_weights.dtype)  # (T, top-k)
     row_weights = routing.scattered(expert_weights.to(grad.dtype)).unsqueeze(1)  # (S, 1)
     adjoint.mul_(row_weights)
     if pair and outer is not None and (needs[4] or needs[5]):
@@ -208,7 +210,7 @@ def experts_backward(
         rows_grad = product(slopes, weights.codec(gate_up_codec, gate_up), routing.rows_of, "adjoint")  # (S, K)
         if pair and outer is not None:
             pair.add_adjoint_(rows_grad, outer, routing.rows_of)
-        found[0] = routing.by_token(rows_grad).view(*expert_ids.shape, -1).sum(1)
+        found[0] = routing.by_token(rows_grad).view(*expert_ids.shape, hidden.shape[1]).sum(1)
     return found
 
 

@@ -132,6 +132,20 @@ def add_product_(
             target[start:stop].addmm_(rows[start:stop], matrices[group], alpha=scale)
 
 
+def add_products_with_(
+    target: torch.Tensor, rows: torch.Tensor, vectors: torch.Tensor, rows_of: list[int]
+) -> torch.Tensor:
+    """``target += <row, its group's vector>``: (S,), rows (S, K), vectors (E, K)."""
+    if target.device.type != "cpu":
+        experts = torch.arange(len(rows_of), device=target.device)
+        counts = torch.tensor(rows_of, device=target.device)
+        own = experts.repeat_interleave(counts, output_size=target.shape[0])  # (S,)
+        return target.add_((rows * vectors.index_select(0, own)).sum(1))
+    for group, start, stop in _spans(rows_of):
+        target[start:stop].add_((rows[start:stop] * vectors[group]).sum(1))
+    return target
+
+
 def add_bias_(target: torch.Tensor, bias: torch.Tensor, rows_of: list[int]) -> None:
     """Each group's bias to its rows: (S, N) and (E, N)."""
     if target.device.type != "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from foedus_kernels import experts, grouped, mxfp4
+from foedus_kernels import experts, grouped, mxfp4, weights
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
@@ -131,3 +131,41 @@ def test_cuda_equals_the_cpu_in_bfloat16() -> None:
     )
     got = experts.experts_torch(hidden.bfloat16().cuda(), ids.cuda(), weights.bfloat16().cuda(), moved, experts.Gate())
     assert float((got.float().cpu() - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("kind", ["mxfp4", "dense"])
+@pytest.mark.parametrize("pairs", [0, 1, E])
+def test_the_operator_is_registered_with_fakes(tokens: int, kind: str, pairs: int) -> None:
+    """torch's own check of schema, autograd and shapes without data, of the forward and the backward operator."""
+    _, packed = _pair()
+    if kind == "dense":
+        every = list(range(E))
+        packed = packed._replace(
+            gate_up=weights.DenseWeights(packed.gate_up.decode(every, torch.float32)),
+            down=weights.DenseWeights(packed.down.decode(every, torch.float32)),
+        )
+    generator = torch.Generator().manual_seed(7)
+    hidden, ids, chosen = _inputs(5, 2)
+    hidden, ids, chosen = (one.detach()[:tokens] for one in (hidden, ids, chosen))
+    shapes = ((3, K), (2 * N, 3), (3, N), (K, 3))
+    matrices = [torch.randn(pairs, *shape, generator=generator).requires_grad_() if pairs else None for shape in shapes]
+    stacks = (
+        *(weights.codec_of(packed.gate_up), list(packed.gate_up.tensors()), packed.gate_up_bias),
+        *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
+    )
+    constants = (0.5, 1.702, 7.0, 1)
+    given = (hidden.requires_grad_(), chosen.requires_grad_(), ids, *stacks, *matrices, *constants, False)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(experts.experts_forward, given, test_utils=checks)
+    _, rows = experts.experts_forward(*given)
+    frozen = [None if one is None else one.detach() for one in matrices]
+    torch.library.opcheck(
+        experts.experts_backward,
+        (
+            *(torch.ones_like(hidden), rows.detach(), hidden.detach(), chosen.detach(), ids),
+            *(stacks[0], stacks[1], stacks[3], stacks[4], stacks[5], *frozen, *constants),
+            [True, True, *[bool(pairs)] * 4],
+        ),
+        test_utils=checks,
+    )
