@@ -30,6 +30,7 @@ from foedus_client.noise import RandomBytes, RoundedGaussian
 from foedus_client.privacy import BoundedSum, StepTerms, grid, squared_limit
 from foedus_client.training import (
     Adapter,
+    Packing,
     Unit,
     clipped_sum,
     coverage_check,
@@ -66,12 +67,19 @@ class SyntheticUnit:
 
 
 def preflight(
-    adapter: Adapter, *, terms: StepTerms, noise: RoundedGaussian, max_tokens: int, rng: RandomBytes = os.urandom
+    adapter: Adapter,
+    *,
+    terms: StepTerms,
+    noise: RoundedGaussian,
+    max_tokens: int,
+    rng: RandomBytes = os.urandom,
+    packing: Packing | None = None,
 ) -> dict[str, float]:
     """All checks of a private run's model, terms and noise, on synthetic records of the run's shapes.
 
     The sensitivity is checked at the charter's clip, and again at a clip above every synthetic gradient, where a loss
-    that couples units cannot hide behind the clipping.
+    that couples units cannot hide behind the clipping. Where units may share a forward, it is checked once more among
+    as many of one length as share it, with the exact bound that nothing else changes.
 
     Returns:
         Figures for the organisation's own log: the largest move over the clip, the noise's stddev over the stated one.
@@ -92,6 +100,8 @@ def preflight(
         "move_over_clip": _largest_move(adapter, units, terms, rng),
         "move_over_wide_clip": _largest_move(adapter, units, wide, rng),
     }
+    if packing is not None:
+        figures["move_over_clip_packed"] = _packed_move(adapter, terms, packing, rng)
     unit_worth = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter)) / (
         terms.l2_clip_norm * terms.expected_units
     )
@@ -103,14 +113,29 @@ def preflight(
     return figures
 
 
-def _largest_move(adapter: Adapter, units: Sequence[Unit], terms: StepTerms, rng: RandomBytes) -> float:
+def _packed_move(adapter: Adapter, terms: StepTerms, packing: Packing, rng: RandomBytes) -> float:
+    """`_largest_move` of units that share a forward, where not one grid unit of another may change."""
+    vocabulary, longest = int(adapter.model.config.vocab_size), max(packing.lengths)
+    units = [SyntheticUnit(records=[_record(vocabulary, longest, rng)]) for _ in range(packing.units)]
+    return _largest_move(adapter, units, terms, rng, packing=packing, coupling=0.0)
+
+
+def _largest_move(
+    adapter: Adapter,
+    units: Sequence[Unit],
+    terms: StepTerms,
+    rng: RandomBytes,
+    *,
+    packing: Packing | None = None,
+    coupling: float = _COUPLING,
+) -> float:
     """`sensitivity_check` of the production sum, on the grid of these terms."""
     step = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter))
 
     def sum_of(some: Sequence[Unit]) -> BoundedSum:
-        return clipped_sum(adapter, some, terms=terms, step=step, rng=rng)[0]
+        return clipped_sum(adapter, some, terms=terms, step=step, rng=rng, packing=packing)[0]
 
-    return sensitivity_check(sum_of, units, l2_clip_norm=terms.l2_clip_norm)
+    return sensitivity_check(sum_of, units, l2_clip_norm=terms.l2_clip_norm, coupling=coupling)
 
 
 def synthetic_units(*, vocabulary: int, max_tokens: int, max_records: int, rng: RandomBytes) -> list[SyntheticUnit]:
@@ -231,6 +256,7 @@ def sensitivity_check(
     *,
     l2_clip_norm: float,
     drop: int = _DROPPED_UNITS,
+    coupling: float = _COUPLING,
 ) -> float:
     """Drop each of the first `drop` units: the sum must move by at most the clip, and by that unit's share alone.
 
@@ -239,6 +265,7 @@ def sensitivity_check(
         units: More than `drop` of them, the largest first.
         l2_clip_norm: The stated sensitivity.
         drop: How many units to drop, one at a time.
+        coupling: What a unit that leaves may change beyond its own share, in clips.
 
     Returns:
         The largest move over the clip.
@@ -261,7 +288,7 @@ def sensitivity_check(
                 "the clip does not bound a unit, or units share a loss"
             )
         coupled = math.sqrt(_squared(moved - sum_of([units[index]]).values) / limit)
-        if coupled > _COUPLING:
+        if coupled > coupling:
             raise PrivacyCheckFailed(
                 f"expected a unit to change its own share of the sum alone, got {coupled:.6g} clips of other change: "
                 "units share a loss, a sample or a batch"

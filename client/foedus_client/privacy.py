@@ -5,7 +5,7 @@ So the sum's sensitivity to one unit is exactly `l2_clip_norm`, whatever floatin
 any order and on any number of devices. `noise.py` adds integers to it. Everything here is a pure function of its
 arguments and of a source of random bytes that is passed in. The specification is `docs/privacy.md`, "The mechanism".
 
-Left out: clipping layer by layer, and the packed path that sums units inside one floating-point product.
+Left out: clipping layer by layer, and sums of units inside one floating-point product.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from foedus_protocols.messages import Scores
 from foedus_client import checks, training
 from foedus_client.datasets import Dataset, load_dataset
 from foedus_client.noise import RoundedGaussian
+from foedus_client.packed import Packing, packing_for
 from foedus_client.privacy import SeededBytes, StepTerms
 from foedus_client.work import (
     CheckReply,
@@ -36,6 +37,7 @@ from foedus_client.work import (
 )
 
 NOISE_TABLES = "noise"
+_MOST_UNITS = 64
 
 
 class Session:
@@ -50,6 +52,8 @@ class Session:
         self._data = data
         self._work = work
         self._tables: dict[StepTerms, RoundedGaussian | None] = {}
+        self._packing: Packing | None = None
+        self._packing_tried = False
 
     @classmethod
     def load(cls, setup: Setup, *, work: Path) -> Session:
@@ -61,6 +65,7 @@ class Session:
             DataError: A file cannot be read.
         """
         recompute = checkpointing()
+        units_a_forward()
         base = Path(setup.base)
         layout = adapter_layout(
             read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
@@ -108,7 +113,9 @@ class Session:
             return CheckReply(figures={})
         if task.delta is None or task.epsilon is None:
             raise PrivacyCheckFailed("expected delta and epsilon to check a private run against, got none")
-        figures = checks.preflight(self._adapter, terms=terms, noise=noise, max_tokens=self._setup.max_tokens)
+        figures = checks.preflight(
+            self._adapter, terms=terms, noise=noise, max_tokens=self._setup.max_tokens, packing=self._packing_of(terms)
+        )
         figures["epsilon_of_second_accountant"] = checks.cross_check(
             noise_multiplier=terms.noise_multiplier,
             sampling_prob=terms.sampling_prob,
@@ -128,7 +135,12 @@ class Session:
             training.make_reproducible(torch.get_num_threads())
             rng = SeededBytes(seed=task.terms.seed, org=task.org, round_number=task.round)
         result = training.private_vector(
-            self._adapter, self._data.train, terms=terms, rng=rng, noise=self._table(terms)
+            self._adapter,
+            self._data.train,
+            terms=terms,
+            rng=rng,
+            noise=self._table(terms),
+            packing=self._packing_of(terms),
         )
         output = Path(task.output)
         with disk_errors(output):
@@ -192,6 +204,18 @@ class Session:
             max_records_per_unit=self._setup.max_records_per_unit,
         )
 
+    def _packing_of(self, terms: StepTerms) -> Packing | None:
+        """Several units a forward, where the organisation asks for it and this process has shown that it may.
+
+        It is tried once in each process, on synthetic records, before the first private step. Mode `none` never packs.
+        """
+        if not terms.private or units_a_forward() == 1:
+            return None
+        if not self._packing_tried:
+            self._packing = packing_for(self._adapter, units=units_a_forward(), max_tokens=self._setup.max_tokens)
+            self._packing_tried = True
+        return self._packing
+
     def _table(self, terms: StepTerms) -> RoundedGaussian | None:
         """The noise table of these terms; it is public, and kept on disk beside the work folder's other files."""
         if terms not in self._tables:
@@ -227,3 +251,17 @@ def checkpointing() -> bool:
     if value not in ("on", "off"):
         raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on or off, got {value!r}: correct the environment")
     return value == "on"
+
+
+def units_a_forward() -> int:
+    """FOEDUS_UNITS_A_FORWARD units share a forward in private runs, where that changes no bit; one without it.
+
+    Raises:
+        ConfigError: Not a number from 1 to 64.
+    """
+    value = os.environ.get("FOEDUS_UNITS_A_FORWARD") or "1"
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MOST_UNITS:
+        raise ConfigError(
+            f"expected FOEDUS_UNITS_A_FORWARD from 1 to {_MOST_UNITS}, got {value!r}: correct the environment"
+        )
+    return int(value)

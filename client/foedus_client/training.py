@@ -6,14 +6,16 @@ token loss. (The library's `labels=` loss is a mean over the batch's tokens; rem
 up to 8 clips.) A unit's records are one right-padded batch: attention is causal and padding comes last, so no token of
 a record sees it, and padding has no loss.
 
-The steps of `private_vector` are in the order of `docs/privacy.md`, "The mechanism". The packed path, which takes
-several short units in one forward, and local steps are left out.
+A private run may take several units of one length in one forward where that was shown to change no bit of any unit's
+gradient (`packed.py`); here that is a `Packing`, passed in.
+
+The steps of `private_vector` are in the order of `docs/privacy.md`, "The mechanism". Local steps are left out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +72,24 @@ class Adapter(Protocol):
         """The trained tensors, in layout order."""
 
 
+class Packing(Protocol):
+    """Several units in one forward, for units whose bits do not depend on it (`packed.packing_for` makes one)."""
+
+    @property
+    def units(self) -> int:
+        """Units of one forward, at most."""
+
+    @property
+    def lengths(self) -> frozenset[int]:
+        """Tokens of the records that it takes."""
+
+    def takes(self, records: Sequence[Record]) -> bool:
+        """Whether a unit with these records takes this path: a function of the unit alone."""
+
+    def gradients(self, adapter: Adapter, records: Sequence[Record]) -> NDArray[np.float32]:
+        """The gradient of each of U units of one record and one length.  # float32 (U, d)"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one step gives.
@@ -94,6 +114,7 @@ def private_vector(
     terms: StepTerms,
     rng: RandomBytes,
     noise: RoundedGaussian | None,
+    packing: Packing | None = None,
 ) -> StepResult:
     """One step of an organisation: sample, clip, sum, noise, scale.
 
@@ -103,6 +124,8 @@ def private_vector(
         terms: The charter's constants for this organisation.
         rng: `os.urandom` in private modes; a `SeededBytes` of the round in mode `none`.
         noise: The table of `noise_table(terms, d)`; None in mode `none`.
+        packing: Of `packed.packing_for`, in this process; None takes one unit a forward. Mode `none` takes one always:
+            its bits are made again after a restart.
 
     Raises:
         PrivacyCheckFailed: A parameter requires a gradient and is not in the vector, the noise is not the one that the
@@ -119,7 +142,8 @@ def private_vector(
     _require_noise(terms, noise, rng, length)
     sampled = [units[index] for index in poisson_sample(len(units), terms.sampling_prob, rng)]
     step = grid(terms.noise_stddev, terms.l2_clip_norm, length)
-    total, scales = clipped_sum(adapter, sampled, terms=terms, step=step, rng=rng)
+    allowed = packing if terms.private else None
+    total, scales = clipped_sum(adapter, sampled, terms=terms, step=step, rng=rng, packing=allowed)
     values = total.values if noise is None else total.values + noise.draw(length)
     vector = release_vector(values, step=step, l2_clip_norm=terms.l2_clip_norm, expected_units=terms.expected_units)
     return StepResult(
@@ -142,23 +166,51 @@ def make_reproducible(threads: int) -> None:
 
 
 def clipped_sum(
-    adapter: Adapter, units: Sequence[Unit], *, terms: StepTerms, step: float, rng: RandomBytes
+    adapter: Adapter,
+    units: Sequence[Unit],
+    *,
+    terms: StepTerms,
+    step: float,
+    rng: RandomBytes,
+    packing: Packing | None = None,
 ) -> tuple[BoundedSum, list[float]]:
-    """The sum of the units' clipped gradients, with its sensitivity, and each unit's clip factor (which stays at home).
+    """The sum of the units' clipped gradients, with its sensitivity, and the clip factors (which stay at home).
 
     Guarantees:
         Adding or removing one unit moves the sum by at most `l2_clip_norm`: a unit's gradient is computed in a forward
-        of its own and clipped before it is added (`clip_to_grid`).
+        of its own, or to the same bits in one with others (as far as `packing` was shown to), and clipped before it is
+        added (`clip_to_grid`). Which of the two ways a unit takes is a function of its own records.
     """
     total = UnitSum(length=vector_length(adapter), l2_clip_norm=terms.l2_clip_norm, step=step)
     scales: list[float] = []
-    for unit in units:
-        chosen = choose_records(len(unit.records), terms.max_records_per_unit, rng)
-        gradient = unit_gradient(adapter, [unit.records[index] for index in chosen])
+    chosen = (
+        [unit.records[index] for index in choose_records(len(unit.records), terms.max_records_per_unit, rng)]
+        for unit in units
+    )
+    for gradient in _gradients(adapter, chosen, packing):
         clipped = clip_to_grid(gradient, l2_clip_norm=terms.l2_clip_norm, step=step)
         total.add(clipped)
         scales.append(clipped.scale)
     return total.total(), scales
+
+
+def _gradients(
+    adapter: Adapter, units: Iterable[Sequence[Record]], packing: Packing | None
+) -> Iterator[NDArray[np.float32]]:
+    """Each unit's gradient, float32 (d,): packed units when as many of their length have come as a forward takes."""
+    waiting: dict[int, list[Record]] = {}  # By length.
+    for records in units:
+        if packing is None or not packing.takes(records):
+            yield unit_gradient(adapter, records)
+            continue
+        group = waiting.setdefault(len(records[0].tokens), [])
+        group.append(records[0])
+        if len(group) == packing.units:
+            yield from packing.gradients(adapter, group)
+            group.clear()
+    for group in waiting.values():
+        if packing is not None and group:
+            yield from packing.gradients(adapter, group)
 
 
 def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.float32]:
@@ -166,7 +218,7 @@ def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.flo
 
     A unit without an answer token has no loss, and a gradient of zero.
     """
-    batch = _batch(records, adapter.trained[0].device)
+    batch = batch_of(records, adapter.trained[0].device)
     if batch is None:
         return np.zeros(vector_length(adapter), np.float32)
     losses, owners = token_losses(adapter.model, batch)  # (N,), (N,)
@@ -178,12 +230,14 @@ def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.flo
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class Batch:
+    """Right-padded records: tokens, and where their answers are."""
+
     tokens: torch.Tensor  # int64 (B, T)
     answers: torch.Tensor  # bool (B, T - 1): position t predicts an answer token at t + 1
 
 
-def _batch(records: Sequence[Record], device: torch.device) -> _Batch | None:
+def batch_of(records: Sequence[Record], device: torch.device) -> Batch | None:
     """Right-padded records, or None where none of them has an answer token."""
     longest = max((len(record.tokens) for record in records), default=0)
     if longest < 2:
@@ -195,10 +249,10 @@ def _batch(records: Sequence[Record], device: torch.device) -> _Batch | None:
         answers[row, : max(0, len(record.tokens) - 1)] = record.loss_mask[1:]
     if not answers.any():
         return None
-    return _Batch(tokens=torch.from_numpy(tokens).to(device), answers=torch.from_numpy(answers).to(device))
+    return Batch(tokens=torch.from_numpy(tokens).to(device), answers=torch.from_numpy(answers).to(device))
 
 
-def token_losses(model: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each answer token in nats, and its record. Logits are made at these tokens only."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (B, T, K)
     logits = model.lm_head(hidden[:, :-1][batch.answers]).float()  # (N, vocabulary)
@@ -219,7 +273,7 @@ def score(adapter: Adapter, units: Sequence[Unit], max_records: int) -> tuple[fl
                 break
             records = list(unit.records)[:left]
             left -= len(records)
-            batch = _batch(records, adapter.trained[0].device)
+            batch = batch_of(records, adapter.trained[0].device)
             if batch is None:
                 continue
             losses, _ = token_losses(adapter.model, batch)

@@ -49,7 +49,7 @@ _ATTEMPTS = 4  # A task that kills its process each time (memory) is given up; o
 _ENVIRONMENT = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FOEDUS_THREADS", "FOEDUS_DEVICE",
-    "FOEDUS_CHECKPOINTING",
+    "FOEDUS_CHECKPOINTING", "FOEDUS_UNITS_A_FORWARD",
 )  # fmt: skip
 
 R = TypeVar("R", bound=Task)

@@ -97,6 +97,7 @@ class DenseExperts(nn.Module):
 
     Attributes:
         lora: A module whose call returns the layer's `ExpertLora`, or None.
+        row_multiple: As `experts_torch` takes it.
     """
 
     def __init__(self, base: GptOssExperts) -> None:
@@ -104,6 +105,7 @@ class DenseExperts(nn.Module):
         super().__init__()
         self.gate = Gate(alpha=base.alpha, limit=base.limit)
         self.lora: nn.Module | None = None
+        self.row_multiple = 1
         self.gate_up_proj, self.gate_up_proj_bias = base.gate_up_proj, base.gate_up_proj_bias  # (E, K, 2N), (E, 2N)
         self.down_proj, self.down_proj_bias = base.down_proj, base.down_proj_bias  # (E, N, K), (E, K)
 
@@ -117,7 +119,10 @@ class DenseExperts(nn.Module):
     ) -> torch.Tensor:
         """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
         lora: ExpertLora | None = self.lora() if self.lora is not None else None
-        return experts_torch(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora)
+        return experts_torch(
+            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
+            row_multiple=self.row_multiple,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

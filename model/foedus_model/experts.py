@@ -22,6 +22,7 @@ class QuantisedExperts(nn.Module):
 
     Attributes:
         lora: A module whose call returns the layer's `ExpertLora`, or None.
+        row_multiple: As `experts_torch` takes it: 16 where several units share a forward, else 1.
     """
 
     def __init__(self, config: Any, quantisation: str) -> None:
@@ -38,6 +39,7 @@ class QuantisedExperts(nn.Module):
         self._codec = codec(quantisation)
         self.gate = Gate(alpha=config.swiglu_alpha, limit=config.swiglu_limit)
         self.lora: nn.Module | None = None
+        self.row_multiple = 1
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         for name, outs, ins in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             for stored, tensor in self._codec.empty(name, (experts, outs, ins)).items():
@@ -55,7 +57,10 @@ class QuantisedExperts(nn.Module):
     ) -> torch.Tensor:
         """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
         lora: ExpertLora | None = self.lora() if self.lora is not None else None
-        return experts_torch(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora)
+        return experts_torch(
+            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
+            row_multiple=self.row_multiple,
+        )
 
     def _weights(self, name: str) -> ExpertWeights:
         first, second = (self.get_buffer(f"{name}_{suffix}") for suffix, _, _ in self._codec.parts)

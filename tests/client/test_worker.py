@@ -132,11 +132,35 @@ def test_checkpointing_is_the_organisations_and_changes_no_bit(
     assert _vector(folder).tobytes() == expected
 
 
+def test_units_share_a_forward_in_private_runs_only_and_the_log_says_so(
+    setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
+    refused = pytest.raises(ConfigError, match="FOEDUS_UNITS_A_FORWARD")
+    with closing_worker(tmp_path, monkeypatch, "0", name="FOEDUS_UNITS_A_FORWARD") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    log = tmp_path / "worker.log"
+    with closing_worker(tmp_path, monkeypatch, "2", name="FOEDUS_UNITS_A_FORWARD", log=log) as other:
+        other.train(setup, _train(folder, OPEN), _nothing)
+        assert "a forward" not in log.read_text()
+        other.train(setup, _train(folder, PRIVATE), _nothing)
+        other.train(setup, _train(folder, PRIVATE), _nothing)
+    tried = [line for line in log.read_text().splitlines() if "units of 64 tokens, 2 a forward: " in line]
+    assert len(tried) == 1, "tried once in a process, before the first private step"
+
+
 @contextmanager
-def closing_worker(work: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> Iterator[WorkerProcess]:
+def closing_worker(
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    *,
+    name: str = "FOEDUS_CHECKPOINTING",
+    log: Path | None = None,
+) -> Iterator[WorkerProcess]:
     """A worker of its own under a setting of its environment."""
-    monkeypatch.setenv("FOEDUS_CHECKPOINTING", value)
-    process = WorkerProcess(work)
+    monkeypatch.setenv(name, value)
+    process = WorkerProcess(work, stderr=log)
     try:
         yield process
     finally:

@@ -185,9 +185,9 @@ true_release = privacy.release_vector
 true_sample = privacy.poisson_sample
 
 
-def batch_mean_sum(adapter, units, *, terms, step, rng):
+def batch_mean_sum(adapter, units, *, terms, step, rng, packing=None):
     """The library's loss: a mean over the batch's tokens, times the number of units, as engines for it assume."""
-    batches = [training._batch(unit.records, adapter.trained[0].device) for unit in units]
+    batches = [training.batch_of(unit.records, adapter.trained[0].device) for unit in units]
     tokens = sum(int(batch.answers.sum()) for batch in batches)
     total = privacy.UnitSum(length=training.vector_length(adapter), l2_clip_norm=terms.l2_clip_norm, step=step)
     scales = []
