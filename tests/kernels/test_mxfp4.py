@@ -99,3 +99,19 @@ def test_encode_refuses_a_broken_group() -> None:
 def test_decode_refuses(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         mxfp4.decode(blocks, scales, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 6, 7, 9, 24])
+def test_pieces_meet_without_a_gap(groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 groups in pieces that divide them, that do not, and in one; no group at all."""
+    generator = torch.Generator().manual_seed(4)
+    blocks = torch.randint(0, 256, (2, 4, 3, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(110, 130, (2, 4, 3), dtype=torch.uint8, generator=generator)
+    low, high = (torch.tensor(CODES)[codes.long()] for codes in (blocks & 15, blocks >> 4))
+    want = torch.stack([low, high], -1).flatten(-2) * torch.exp2(scales.float() - 127).unsqueeze(-1)
+    monkeypatch.setattr(mxfp4, "DECODE_GROUPS", groups)
+    got = mxfp4.decode(blocks, scales, dtype)
+    assert got.is_contiguous()
+    assert torch.equal(got.float(), want.flatten(-2))
+    assert mxfp4.decode(blocks[:0], scales[:0], dtype).shape == (0, 4, 96)
