@@ -123,6 +123,18 @@ def specs_of(described: Mapping[str, Any]) -> dict[str, TensorSpec]:
     }
 
 
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Compare the names, shapes and types in a checkpoint's files with what its configuration asks for.
+
+    Raises:
+        ConfigError: It needs a part that this version does not have.
+        CheckpointError: A tensor too few or too many, or of another shape or type.
+    """
+    config = _model_config(checkpoint.config)
+    model = _on_meta(config, checkpoint.manifest.quantisation)
+    _check_specs(_expected(model, config), checkpoint.contents.specs, _stored(model))
+
+
 def _filled(
     checkpoint: Checkpoint,
     config: GptOssConfig,

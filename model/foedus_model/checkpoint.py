@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -199,6 +199,7 @@ def write_streamed(
     provenance: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     layout: str = "released",
+    companions: Sequence[Path] = (),
 ) -> str:
     """Write a checkpoint of any size with one tensor in memory at a time, the manifest last.
 
@@ -211,6 +212,7 @@ def write_streamed(
         provenance: Free JSON for the manifest.
         shard_bytes: The most that a file holds.
         layout: ``released``, or ``original`` for OpenAI's names.
+        companions: Further files to copy, such as those of a tokenizer with all that came beside it.
 
     Returns:
         The base's digest.
@@ -229,6 +231,8 @@ def write_streamed(
     if tokenizer_file is not None:
         shutil.copyfile(tokenizer_file, path / TOKENIZER_FILE)
         _write_json(path / "tokenizer_config.json", _tokenizer_config(path / TOKENIZER_FILE, config))
+    for companion in companions:
+        shutil.copyfile(companion, path / companion.name)
     shards = plan_shards(specs, shard_bytes, layout)
     for file_name, names in shards.items():
         write_file(path / file_name, {name: specs[name] for name in names}, make)

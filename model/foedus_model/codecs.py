@@ -44,14 +44,10 @@ class Codec:
         *outs, ins = shape
         if ins == 0 or ins % self.group:
             raise CheckpointError(
-                f"expected widths that are multiples of {self.group} for {self.name}, got {ins} in {name}: "
+                f"{name}: expected inputs in multiples of {self.group} for {self.name}, got {ins}; "
                 "take another quantisation"
             )
         return {f"{name}_{suffix}": torch.empty(*outs, *tail(ins), dtype=dtype) for suffix, dtype, tail in self.parts}
-
-    def bits(self, ins: int) -> int:
-        """Bits that one row of `ins` inputs takes, without making it."""
-        return sum(8 * dtype.itemsize * _product(tail(ins)) for _, dtype, tail in self.parts)
 
 
 CODECS = {
@@ -104,10 +100,3 @@ def codec(name: str) -> Codec:
     if found is None:
         raise CheckpointError(f"expected weights stored as {', '.join(CODECS)}, got {name!r}: not supported")
     return found
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -40,6 +40,8 @@ _COMPANIONS = (
     "dtypes.json",
 )
 _DIGEST_LENGTH = 64
+_METHODS = {"mxfp4": "mxfp4", "foedus_nf4": "nf4", "foedus_int8": "int8"}
+"""Names of quantisations by the `quant_method` of a ``config.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Manifest:
 
     Attributes:
         files: Every file that belongs to the base, by name, without the manifest itself.
-        quantisation: How the experts are stored, ``mxfp4`` or ``dense``.
+        quantisation: How the large matrices are stored: ``mxfp4``, ``nf4``, ``int8`` or ``dense``.
         provenance: Free JSON about where the weights come from; part of the identity.
     """
 
@@ -227,7 +229,9 @@ def layout_of(folder: Path) -> str:
 
 
 def quantisation_of(config: Mapping[str, Any]) -> str:
-    """How a configuration says that the experts are stored: ``mxfp4`` or ``dense``.
+    """How a configuration says that its large matrices are stored: ``mxfp4``, ``nf4``, ``int8`` or ``dense``.
+
+    The last two have method names of our own in the file: bitsandbytes' 4 bits lie in other tensors.
 
     Raises:
         CheckpointError: Another method, which this version cannot run.
@@ -236,9 +240,11 @@ def quantisation_of(config: Mapping[str, Any]) -> str:
     if described is None:
         return "dense"
     method = described.get("quant_method") if isinstance(described, dict) else described
-    if method != "mxfp4":
-        raise CheckpointError(f"expected experts in mxfp4 or without quantisation, got {method!r}: not supported")
-    return "mxfp4"
+    if not isinstance(method, str) or method not in _METHODS:
+        raise CheckpointError(
+            f"expected weights in {', '.join(_METHODS)} or without quantisation, got {method!r}: not supported"
+        )
+    return _METHODS[method]
 
 
 def refuse_pickles(folder: Path) -> None:
