@@ -17,7 +17,7 @@ import pytest
 from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
 from foedus_protocols.errors import CheckpointError, ConfigError, DataError, PrivacyCheckFailed
-from foedus_protocols.layout import attention_layout, initial_vector
+from foedus_protocols.layout import adapter_layout, attention_layout, initial_vector
 from foedus_protocols.manifest import read_config, read_manifest
 
 pytestmark = pytest.mark.unit
@@ -116,6 +116,30 @@ def test_without_privacy_a_step_is_a_function_of_seed_org_and_round(
     assert step() == first
     assert step(number=2) != first
     assert step(org="birke") != first
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"targets": "experts-shared", "layers": [1, 3], "train": "b"},
+        {"targets": "experts", "layers": [3], "train": "both"},
+    ],
+    ids=["experts-shared", "experts, both"],
+)
+def test_adapters_of_experts_are_checked_and_trained(
+    worker: WorkerProcess, setup: Setup, folder: Path, terms: dict[str, Any], tmp_path: Path
+) -> None:
+    layout = adapter_layout(read_config(BASE), rank=RANK, **terms)
+    initial_vector(layout, "public").tofile(tmp_path / "adapter.f32")
+    of_experts = setup.model_copy(update=terms | {"layout_digest": layout.digest})
+    assert worker.check(of_experts, CheckTask(terms=OPEN), _nothing).figures == {}
+    task = _train(folder, OPEN).model_copy(update={"adapter": str(tmp_path / "adapter.f32")})
+    worker.train(of_experts, task, _nothing)
+    vector = _vector(folder)
+    assert vector.shape == (layout.length,)
+    for tensor in layout.trained():
+        part = vector[tensor.offset : tensor.offset + tensor.size]
+        assert part.any() == (".lora_B." in tensor.name), tensor.name  # At the start no A has a gradient yet.
 
 
 def test_checkpointing_is_the_organisations_and_changes_no_bit(

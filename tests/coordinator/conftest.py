@@ -51,6 +51,9 @@ BASE_CONFIG = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
+    "intermediate_size": 8,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
     "model_type": "gpt_oss",
 }
 
@@ -184,7 +187,7 @@ class FakeOrganisation:
     def _replayed(self, charter: Charter, run: str, history_digest: str) -> tuple[np.ndarray, rules.State | None]:
         """Adapter and state after a run's history; an extension's begins where the run before it ended."""
         coding = charter.coding()
-        start, state = np.zeros(coding.length, dtype=np.float32), None
+        start, state = charter.adapter.start(lambda: BASE_CONFIG), None
         if (extends := charter.extends) is not None:
             ended = Charter.parse(self._pull(extends.charter))
             start, state = self._replayed(ended, extends.run, extends.history)

@@ -11,6 +11,7 @@ import pytest
 from foedus_coordinator import figures
 from foedus_coordinator.chain import Chain
 from foedus_coordinator.figures import losses
+from foedus_coordinator.rounds import execute
 from foedus_coordinator.variant import MANIFEST_CONTEXT, card, epsilon_after, write_variant
 from foedus_protocols import layout, peft_folder
 from foedus_protocols.canonical import canonical_bytes
@@ -175,3 +176,33 @@ def test_a_full_disk_is_trouble_that_passes(federation: Any, monkeypatch: pytest
         write_variant(run, chain, folder=federation.root / "variants", key=federation.home.operator_key)
     assert not list((federation.root / "variants").glob("*-NOT-PRIVATE"))
     run.storage.close()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"targets": "experts-shared", "train": "both"}, "one pair shared by a layer's experts, rank 2, 176 trained"),
+        ({"targets": "experts", "layers": [0]}, "a pair for every expert in layer 0, rank 2, 288 trained parameters,"),
+        ({"targets": "attention", "train": "both"}, "attention, rank 2, 448 trained parameters, both factors trained"),
+    ],
+    ids=["experts-shared", "experts", "attention"],
+)
+def test_a_run_of_every_kind_gives_a_folder_of_it(
+    federation: Any, pump: Any, adapter: dict[str, Any], said: str
+) -> None:
+    """Organisations replay from the same start, a trained A included, and whoever has the folder can load it."""
+    federation.start_run(adapter={"rank": 2, "alpha": 4.0, "seed": "tests"} | adapter)
+    with pump(federation):
+        execute(federation.run())
+    row = federation.home.storage.run(federation.run_id)
+    assert (row.state, row.outcome) == ("finished", "complete"), row.reason
+    folder = Path(row.variant)
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    shape = peft_folder.folder_layout(folder, json.loads(row.base_config), manifest)
+    assert shape == federation.run().charter.adapter.layout(json.loads(row.base_config))
+    read = read_peft(folder, shape)
+    assert layout.vector_digest(read.vector) == manifest["adapter"]
+    assert manifest["adapter_terms"] == {"layers": None, "train": "b", "alpha": 4.0, "rank": 2} | adapter | {
+        "parameters": shape.length
+    }
+    assert said in (folder / "README.md").read_text()

@@ -6,15 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from foedus_model import cli, generate
+from foedus_model.adapter import attach
+from foedus_model.build import load_base
 from foedus_model.chat import plain_prompt
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.decode import Request, complete
 from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
-from foedus_protocols.layout import attention_layout, vector_digest
+from foedus_protocols.layout import adapter_layout, attention_layout, vector_digest
 from foedus_protocols.peft_folder import write_peft
 from typer.testing import CliRunner
 
@@ -180,3 +184,32 @@ def test_tokens_are_the_same_alone_in_a_batch_and_without_cache(plain: generate.
     together = [one.ids for one in complete(plain.model, plain.tokenizer, requests)]
     assert together == [complete(plain.model, plain.tokenizer, [one])[0].ids for one in requests]
     assert together == [one.ids for one in complete(plain.model, plain.tokenizer, requests, use_cache=False)]
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"targets": "attention", "train": "both"},
+        {"targets": "experts-shared", "train": "b"},
+        {"targets": "experts", "layers": [1], "train": "b"},
+        {"targets": "experts", "layers": [0], "train": "both"},
+    ],
+    ids=lambda terms: f"{terms['targets']}, {terms['train']}",
+)
+def test_a_variant_of_every_kind_is_loaded_as_its_manifest_says(
+    base: Path, plain: generate.Generator, terms: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(base)
+    layout = adapter_layout(checkpoint.config, rank=4, **terms)
+    vector = (np.random.default_rng(1).normal(size=layout.length) * 0.2).astype(np.float32)
+    write_peft(tmp_path, layout=layout, vector=vector, seed="s", rank=4, alpha=8, base_name="small")
+    manifest = {"base": checkpoint.digest, "adapter": vector_digest(vector), "private": True, "adapter_terms": terms}
+    (tmp_path / "manifest.json").write_text(json.dumps({"manifest": manifest, "signature": ""}))
+    adapted = generate.load_generator(base, tmp_path)
+    expected = attach(load_base(base), layout, seed="s", alpha=8.0, rank=4)
+    expected.load_vector(vector)
+    ids = torch.tensor([generate.encode_prompt(plain.tokenizer, "hello", chat=False)])
+    with torch.inference_mode():
+        got, want, without = (one.model(input_ids=ids).logits for one in (adapted, expected, plain))
+    assert torch.equal(got, want)
+    assert float((got - without).abs().max()) > 0.1

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from foedus_protocols import accounting, codec, layout
-from foedus_protocols.charter import Optimiser, Terms, charter_events, delta_for_accountant
+from foedus_protocols.charter import Charter, Optimiser, Terms, charter_events, delta_for_accountant
 from foedus_protocols.charter_draft import CharterDraft, charter_template, read_draft
 from foedus_protocols.errors import ConfigError
 
@@ -171,3 +171,67 @@ def test_reading_a_draft(tmp_path: Path) -> None:
         read_draft(path)
     path.write_text('name = "a"')
     assert read_draft(path) == {"name": "a"}
+
+
+EXPERTS = {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("terms", "rank", "alpha"),
+    [
+        ({"targets": "attention"}, 16, 32.0),
+        ({"targets": "attention", "layers": [1]}, 16, 32.0),
+        ({"targets": "experts-shared"}, 16, 32.0),
+        # As many matrices as with one pair meet a token: 16 over its 2 experts.
+        ({"targets": "experts"}, 8, 16.0),
+        ({"targets": "experts", "layers": [0], "rank": 3}, 3, 6.0),
+        ({"targets": "experts", "layers": [0], "rank": 3, "alpha": 5.0}, 3, 5.0),
+    ],
+)
+def test_every_kind_of_adapter_is_drafted(league: Any, terms: dict[str, Any], rank: int, alpha: float) -> None:
+    league.config |= EXPERTS
+    charter = league.draft(adapter=terms)
+    layers = None if "layers" not in terms else tuple(terms["layers"])
+    described = layout.adapter_layout(league.config, targets=terms["targets"], rank=rank, layers=layers)
+    adapter = charter.adapter
+    assert (adapter.rank, adapter.alpha, adapter.layers, adapter.train) == (rank, alpha, layers, None)
+    assert (adapter.length, adapter.layout_digest) == (described.length, described.digest)
+    assert adapter.layout(league.config) == described
+    assert not adapter.start(lambda: league.config).any()
+    assert Charter.parse(charter.canonical()) == charter
+    assert b'"train"' not in charter.canonical()
+    assert (b'"layers"' in charter.canonical()) == (layers is not None)
+
+
+def test_both_factors_train_without_noise_only_and_start_from_the_seed(league: Any) -> None:
+    league.config |= EXPERTS
+    terms = {"targets": "experts-shared", "rank": 2, "train": "both"}
+    charter = league.draft(adapter=terms, privacy={"mode": "none"}, seed=1)
+    start = charter.adapter.start(lambda: league.config)
+    assert start.any()
+    assert layout.vector_digest(start) == charter.adapter.initial_digest
+    assert start.size == charter.adapter.length == 2 * 2 * (64 + 48 + 24 + 64)
+    with pytest.raises(ConfigError, match=r"takes mode none"):
+        league.draft(adapter=terms)
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        ({"targets": "all-linear"}, "adapter.targets"),
+        ({"targets": "experts", "layers": [2]}, "from 0 to 1 for this base"),
+        ({"targets": "experts", "layers": []}, "from 0 to 1 for this base"),
+        ({"train": "a"}, "adapter.train"),
+    ],
+)
+def test_an_adapter_that_reaches_nothing_is_not_drafted(league: Any, terms: dict[str, Any], text: str) -> None:
+    league.config |= EXPERTS
+    with pytest.raises(ConfigError, match=text):
+        league.draft(adapter=terms)
+
+
+def test_a_base_that_does_not_say_its_experts_needs_a_rank(league: Any) -> None:
+    league.config |= EXPERTS | {"num_experts_per_tok": None}
+    with pytest.raises(ConfigError, match=r"give adapter\.rank"):
+        league.draft(adapter={"targets": "experts"})
+    assert league.draft(adapter={"targets": "experts", "rank": 2}).adapter.rank == 2
