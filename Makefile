@@ -50,6 +50,7 @@ bench: setup     ## rounds beside Flower's SuperLink (BENCH_FLAGS="--repeats 3")
 	$(BIN)/python tests/bench/rounds.py $(BENCH_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
+	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/experts.py $(EXPERTS_FLAGS)
 	$(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost

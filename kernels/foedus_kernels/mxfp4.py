@@ -31,12 +31,12 @@ LARGEST_SCALE = 252
 SMALLEST_SCALE = 2
 
 _LARGEST_CODE_EXPONENT = 2  # 4 = 2^2 is the largest power of two among the codes.
-# Two bytes, four values, a look-up: 1.5 Gelem/s a core in float32 against 0.9 with one byte a look-up (Zen 4, a stack of
-# 16 x 256 x 128, 2026-11). The table takes 512 KiB, in float32 1 MiB, and stays in the second-level cache. Four values
-# are one element, because a gather of single elements is vectorised and a gather of rows is not.
+# Two bytes, four values, a look-up: 1.5 Gelem/s a core in float32 against 0.9 with one byte a look-up (Zen 4, a stack
+# of 16 x 256 x 128, 2026-11). The table takes 512 KiB, in float32 1 MiB, and stays in the second-level cache. Four
+# values are one element, because a gather of single elements is vectorised and a gather of rows is not.
 _QUADS = GROUP // 4  # Look-ups of a group.
-# Groups decoded at once on a CPU: 512 KiB of values in bfloat16, which are still in the cache for their scale. Beside one
-# pass over a matrix of 2048 x 512 this is 1.2 times as fast in bfloat16 and 2.2 in float32 (AVX2, busy, 2026-11-25).
+# Groups decoded at once on a CPU: 512 KiB of values in bfloat16, which are still in the cache for their scale. Beside
+# one pass over a matrix of 2048 x 512 this is 1.2 times as fast in bfloat16 and 2.2 in float32 (AVX2, 2026-11-25).
 DECODE_GROUPS = 1 << 13
 _QUAD = {torch.bfloat16: torch.int64, torch.float32: torch.complex128}
 
