@@ -8,7 +8,6 @@ transformers' names; `manifest.read_config` translates. The tensors' names are `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,8 @@ _COUNTS = (*_SAME, "num_experts", "experts_per_token", "initial_context_length")
 _NUMBERS = ("rope_theta", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta", "swiglu_limit")
 _SWIGLU_LIMIT = 7.0  # The reference program's default, for files older than the field.
 _EPSILON = 1e-05
+_MOST_LAYERS = 1000  # What a file says is made a list of this length, and numbers are multiplied, before it is checked.
+_MOST = 1 << 40
 
 _HARMONY_VOCABULARY = 201088
 _HARMONY_IDS = {"bos_token_id": 199998, "eos_token_id": 200002, "pad_token_id": 199999}
@@ -64,8 +65,11 @@ def to_released(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in (*_COUNTS, *_NUMBERS):
         kind, types = ("number", (int, float)) if name in _NUMBERS else ("integer", (int,))
         value = described.get(name)
-        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
-            raise CheckpointError(f"expected {name} in OpenAI's config.json to be a positive {kind}, got {value!r}")
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value <= most:
+            raise CheckpointError(
+                f"expected {name} in OpenAI's config.json to be a positive {kind} up to {most}, got {value!r}"
+            )
     context, factor = described["initial_context_length"], float(described["rope_scaling_factor"])
     ids = _HARMONY_IDS if described["vocab_size"] == _HARMONY_VOCABULARY else dict.fromkeys(_HARMONY_IDS)
     return {
