@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from foedus_client.datasets.cli import shipped_base
@@ -29,6 +29,11 @@ from foedus_local.options import (
     RoundsOption,
 )
 from foedus_local.plan import Plan, Terms, check_domain, parse_layers, plan_data, plan_invented
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from foedus_local.demo import Result
 
 app = typer.Typer(help="A whole federation on this machine.")
 
@@ -68,11 +73,14 @@ def demo(
     clip: ClipOption = 0.15,
     evaluate_every: EvaluateEveryOption = 1,
     round_seconds: RoundSecondsOption = 1800.0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Then train each organisation alone and all data pooled, and compare.")
+    ] = False,
     output: FormatOption = Format.text,
 ) -> None:
     """Run a coordinator and its organisations as separate processes, and train one adapter together."""
     from foedus_local.demo import demo_folder, run_demo
-    from foedus_local.report import draw, show
+    from foedus_local.report import draw
 
     if data is not None and domain is not None:
         raise UsageError("expected --domain or --data, got both")
@@ -92,7 +100,27 @@ def demo(
         _announce(plan)
         result = run_demo(plan, place, model)
         draw(result, place / "coordinator", result.variant / "rounds.png")
-    emit(result.summary(), output, lambda console: show(result, console))
+        compared = _compared(result, place, model) if compare else {}
+    emit(result.summary() | compared, output, lambda console: _show(result, compared, console))
+
+
+def _compared(result: Result, place: Path, model: Path) -> dict[str, Any]:
+    """The comparison, as one more field of the result."""
+    from foedus_local.compare import compare
+    from foedus_local.demo import charter_of, say
+
+    plan = result.plan
+    charter = charter_of(result, place / "coordinator")
+    made = compare(charter, plan.organisations, result.variant, model, folder=place, seed=plan.terms.seed, say=say)
+    return {"comparison": made}
+
+
+def _show(result: Result, compared: dict[str, Any], console: Console) -> None:
+    from foedus_local.report import show, show_comparison
+
+    show(result, console)
+    if compared:
+        show_comparison(compared["comparison"], console)
 
 
 def _announce(plan: Plan) -> None:

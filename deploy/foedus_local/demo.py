@@ -20,6 +20,7 @@ from typing import Any
 from foedus_client.scratch import is_alive
 from foedus_coordinator import views
 from foedus_coordinator.config import Home
+from foedus_protocols.charter import Charter
 from foedus_protocols.console import progress_console
 from foedus_protocols.errors import RoundFailed, StateError
 from foedus_protocols.files import write_durably
@@ -121,6 +122,11 @@ def finished(plan: Plan, detail: dict[str, Any], folder: Path, *, seconds: float
     variant = folder / "variant"
     shutil.copytree(detail["variant"], variant)
     return Result(plan=plan, detail=detail, seconds=seconds, variant=variant)
+
+
+def charter_of(result: Result, coordinator_home: Path) -> Charter:
+    """The charter that a demo ran under."""
+    return Charter.parse(Home(coordinator_home).files.read(result.detail["charter"]))
 
 
 def watch(home: Home, run: str, check: Callable[[], None]) -> dict[str, Any]:

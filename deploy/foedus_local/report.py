@@ -6,13 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from foedus_coordinator.config import Home
 from foedus_coordinator.variant import epsilon_after
-from foedus_protocols.charter import Charter
 from rich.console import Console
 from rich.table import Table
 
-from foedus_local.demo import Result
+from foedus_local.demo import Result, charter_of
 
 _PHASES = ("train", "sum", "advance", "confirm")
 
@@ -44,6 +42,23 @@ def show(result: Result, console: Console) -> None:
     console.print(f"variant: {result.variant}", soft_wrap=True, highlight=False)
 
 
+def show_comparison(result: dict[str, Any], console: Console) -> None:
+    """Print the comparison's two tables."""
+    from foedus_client import evaluate
+
+    console.print("\nHeld-out units of all organisations:")
+    evaluate.show(result, console)
+    rows = list(result["models"])
+    common = [name for name in rows if not name.startswith("alone: ")]
+    table = Table("own held-out loss", *common, "alone", box=None)
+    for org, losses in result["by_organisation"].items():
+        cells = [evaluate.text(losses[name]) for name in common]
+        table.add_row(org, *cells, evaluate.text(losses[f"alone: {org}"]))
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    if result["private"]:
+        console.print("Rows alone and pooled were trained for this table only: to release one costs its epsilon again.")
+
+
 def draw(result: Result, coordinator_home: Path, path: Path) -> None:
     """Write the picture."""
     import matplotlib as mpl
@@ -51,8 +66,7 @@ def draw(result: Result, coordinator_home: Path, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    home = Home(coordinator_home)
-    charter = Charter.parse(home.files.read(result.detail["charter"]))
+    charter = charter_of(result, coordinator_home)
     points: list[dict[str, Any]] = result.detail["losses"]
     figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
     left.plot([one["after"] for one in points], [one["loss"] for one in points], "o-", color="tab:blue")

@@ -25,7 +25,7 @@ SUMMARIES = {
     "coordinator": "Plan rounds, sum what organisations send, publish variants.",
     "client": "An organisation's side: keys, policy, budget, and the daemon that trains.",
     "data": "Look at data files before anything is trained.",
-    "model": "Base models and variants: pretrain, inspect, generate.",
+    "model": "Base models and variants: pretrain, inspect, generate, evaluate.",
 }
 
 

@@ -167,8 +167,8 @@ def test_without_privacy_the_table_says_so(tmp_path: Path, make_terms: Any, make
 def test_the_picture_is_a_png(
     private: bool, tmp_path: Path, make_terms: Any, make_detail: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "Home", EmptyHome)
-    monkeypatch.setattr(report.Charter, "parse", lambda data: None)
+    monkeypatch.setattr(demo, "Home", EmptyHome)
+    monkeypatch.setattr(demo.Charter, "parse", lambda data: None)
     monkeypatch.setattr(report, "epsilon_after", lambda charter, rounds: 4.0 * rounds)
     plan = plan_invented(tmp_path / "data", "medical", make_terms(private=private))
     report.draw(Result(plan=plan, detail=make_detail(), seconds=1.0, variant=tmp_path), tmp_path, tmp_path / "p.png")

@@ -1,0 +1,126 @@
+"""The comparison on a small federation: who trains on what, under which terms, measured on the same held-out units."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from foedus_client.session import Session
+from foedus_client.work import Setup, TrainTask
+from foedus_local import compare as module
+from foedus_local.compare import compare
+from foedus_local.plan import Plan, plan_data
+from foedus_local.report import show_comparison
+from foedus_model.presets import TINY
+from foedus_protocols import accounting
+from foedus_protocols.charter import Charter, delta_for_accountant
+from foedus_protocols.charter_draft import draft
+from foedus_protocols.identity import generate_signing_key, public_hex
+from foedus_protocols.manifest import read_config, read_manifest
+from foedus_protocols.peft_folder import write_peft
+from rich.console import Console
+
+ROLES = ("Facts", "Ratio", "Statute")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two organisations of unlike size; no file has all roles."""
+    folder = tmp_path / "courts"
+    folder.mkdir()
+    for org, units in (("north", 6), ("south", 10)):
+        rows = [
+            {"case": f"{org}-{unit}", "role": ROLES[(unit + (org == "south")) % 2 + (org == "south")], "text": text}
+            for unit in range(units)
+            for text in (f"The claim {unit} of the {org} is heard.", f"It was filed in {org} in year {1900 + unit}.")
+        ]
+        (folder / f"{org}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _charter(plan: Plan) -> Charter:
+    roster: Any = SimpleNamespace(
+        digest="0" * 64, member=lambda org: SimpleNamespace(signing_key=public_hex(generate_signing_key()))
+    )
+    return draft(
+        plan.charter() | {"adapter": {"rank": 2}}, federation="test", roster=roster, now=1_000_000,
+        base_digest=read_manifest(TINY).digest, base_config=read_config(TINY), base_name="tiny",
+    )  # fmt: skip
+
+
+def _variant(charter: Charter, folder: Path, vector: np.ndarray[Any, Any]) -> Path:
+    layout = charter.adapter.layout(read_config(TINY))
+    adapter = charter.adapter
+    write_peft(
+        folder,
+        layout=layout,
+        vector=vector,
+        seed=adapter.seed,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        base_name="tiny",
+    )
+    return folder
+
+
+def _compare(plan: Plan, charter: Charter, tmp_path: Path) -> dict[str, Any]:
+    variant = _variant(charter, tmp_path / "variant", np.zeros(charter.adapter.length, np.float32))
+    said: list[str] = []
+    return compare(charter, plan.organisations, variant, TINY, folder=tmp_path, seed=0, say=said.append)
+
+
+def test_every_row_is_trained_and_measured_on_the_same_units(data: Path, tmp_path: Path, make_terms: Any) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1, rate=0.05))
+    result = _compare(plan, _charter(plan), tmp_path)
+    assert list(result["models"]) == ["base", "alone: north", "alone: south", "pooled", "federation"]
+    loss = {name: one["loss"]["value"] for name, one in result["models"].items()}
+    assert loss["federation"] == loss["base"]  # A variant of zeros.
+    assert result["models"]["federation"]["loss_difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    for name in ("alone: north", "alone: south", "pooled"):
+        assert loss[name] < loss["base"] - 0.01
+        assert result["models"][name]["loss_difference"]["value"] == pytest.approx(loss[name] - loss["base"])
+    assert result["tasks"]["role"]["options"] == list(ROLES)
+    own = result["by_organisation"]
+    assert own["north"]["alone: north"]["value"] < own["north"]["base"]["value"]
+    shown = io.StringIO()
+    show_comparison(result, Console(file=shown, width=250))
+    assert "pooled" in shown.getvalue()
+    assert "costs its epsilon again" not in shown.getvalue()
+
+
+class _Noting(Session):
+    """Trains nothing, and notes what it was to train with."""
+
+    asked: list[tuple[Any, Setup, TrainTask]] = []  # noqa: RUF012 - emptied by the test
+
+    def train(self, task: TrainTask) -> Any:
+        self.asked.append((self._data, self._setup, task))
+        np.zeros(self._adapter.vector().size, "<f4").tofile(task.output)
+
+
+def test_private_arms_keep_the_charters_promise(
+    data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    charter = _charter(plan)
+    monkeypatch.setattr(module, "Session", _Noting)
+    _Noting.asked.clear()
+    result = _compare(plan, charter, tmp_path)
+    (north, _, task_north), (south, _, _), (pool, _, task_pool) = _Noting.asked
+    mine = charter.participant("north")
+    assert task_north.terms.noise_multiplier == mine.noise_multiplier
+    assert (task_north.terms.sampling_prob, task_north.terms.seed) == (mine.sampling_prob, None)
+    assert [unit.key_hash for unit in pool.train] == sorted(unit.key_hash for unit in (*north.train, *south.train))
+    assert not {unit.key_hash for unit in pool.train} & {unit.key_hash for unit in (*north.heldout, *south.heldout)}
+    terms = task_pool.terms
+    assert terms.expected_units == sum(one.expected_units for one in charter.participants)
+    event = accounting.Event(noise_multiplier=terms.noise_multiplier, sampling_prob=terms.sampling_prob, steps=1)
+    assert 7.5 < accounting.epsilon([event], delta_for_accountant(charter, mine)) <= 8.0
+    shown = io.StringIO()
+    show_comparison(result, Console(file=shown, width=250))
+    assert "to release one costs its epsilon again" in shown.getvalue()
