@@ -75,7 +75,7 @@ def _compare(plan: Plan, charter: Charter, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_every_row_is_trained_and_measured_on_the_same_units(data: Path, tmp_path: Path, make_terms: Any) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1, rate=0.05))
+    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=2))
     result = _compare(plan, _charter(plan), tmp_path)
     assert list(result["models"]) == ["base", "alone: north", "alone: south", "pooled", "federation"]
     loss = {name: one["loss"]["value"] for name, one in result["models"].items()}
