@@ -52,6 +52,7 @@ bench: setup     ## rounds beside Flower's SuperLink (BENCH_FLAGS="--repeats 3")
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/experts.py $(EXPERTS_FLAGS)
 	$(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
+	$(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))
