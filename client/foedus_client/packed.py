@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from foedus_kernels.clip import unit_gradients_torch
+from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_model.adapter import DenseExperts
 from foedus_model.experts import QuantisedExperts
@@ -81,7 +82,7 @@ def packed_gradients(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.
     with _per_unit(adapter, len(records)) as leaves:
         hidden = adapter.model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (U, T, K)
         losses = [
-            F.cross_entropy(adapter.model.lm_head(states[:-1][answers]).float(), tokens[1:][answers])
+            cross_entropy_torch(states[:-1][answers], adapter.model.lm_head.weight, tokens[1:][answers]).mean()
             for states, answers, tokens in zip(hidden.unbind(), batch.answers, batch.tokens, strict=True)
         ]
         found = torch.autograd.grad(torch.stack(losses).sum(), leaves)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
 from numpy.typing import NDArray
 from torch import nn
@@ -253,11 +253,11 @@ def batch_of(records: Sequence[Record], device: torch.device) -> Batch | None:
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each answer token in nats, and its record. Logits are made at these tokens only."""
+    """Cross-entropy of each answer token in nats, and its record. Logits are made at these only, some rows at a time."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (B, T, K)
-    logits = model.lm_head(hidden[:, :-1][batch.answers]).float()  # (N, vocabulary)
     targets = batch.tokens[:, 1:][batch.answers]  # (N,)
-    return F.cross_entropy(logits, targets, reduction="none"), torch.nonzero(batch.answers)[:, 0]
+    losses = cross_entropy_torch(hidden[:, :-1][batch.answers], model.lm_head.weight, targets)  # (N,)
+    return losses, torch.nonzero(batch.answers)[:, 0]
 
 
 def score(adapter: Adapter, units: Sequence[Unit], max_records: int) -> tuple[float, int, int]:

@@ -275,8 +275,8 @@ def _activation_and_slopes(gate_up: torch.Tensor, alpha: float, limit: float) ->
     up = raw_up.clamp(-limit, limit).add_(1)
     glu = functional.silu(scaled).div_(alpha)  # gate * sigmoid(alpha * gate), whose derivative is silu'(alpha * gate)
     slopes = torch.empty_like(gate_up)
-    torch.mul(torch.ops.aten.silu_backward(up, scaled), raw_gate <= limit, out=slopes[:, 0::2])
-    torch.mul(glu, raw_up.abs() <= limit, out=slopes[:, 1::2])
+    slopes[:, 0::2] = torch.ops.aten.silu_backward(up, scaled).masked_fill_(raw_gate > limit, 0.0)
+    slopes[:, 1::2] = torch.where(raw_up.abs() > limit, 0.0, glu)
     return glu.mul_(up), slopes
 
 
