@@ -253,7 +253,7 @@ def batch_of(records: Sequence[Record], device: torch.device) -> Batch | None:
 
 
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each answer token in nats, and its record. Logits are made at these only, some rows at a time."""
+    """Cross-entropy of each answer token in nats, and its record. Logits are made at these only, some rows a time."""
     hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (B, T, K)
     targets = batch.tokens[:, 1:][batch.answers]  # (N,)
     losses = cross_entropy_torch(hidden[:, :-1][batch.answers], model.lm_head.weight, targets)  # (N,)
