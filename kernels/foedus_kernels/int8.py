@@ -7,8 +7,8 @@ Layout of a matrix with ``N`` outputs and ``K`` inputs, row-major over outputs::
 
 A code has 7 bits and a scale 8, so the product is exact in float32, and a bfloat16 decode rounds it once. At 8.25 bits
 a value this is closer to Gaussian weights (0.60 % in the root mean square) than bitsandbytes' block-wise 8-bit code
-(0.95 % with the same groups, 1.08 % with its 256; it spends its codes near zero, for optimiser states) and than one scale a row
-(0.79 %); and it decodes several times as fast, being one cast and one product.
+(0.95 % with the same groups, 1.08 % with its 256; it spends its codes near zero, for optimiser states) and than one
+scale a row (0.79 %); and it decodes several times as fast, being one cast and one product.
 """
 
 from __future__ import annotations

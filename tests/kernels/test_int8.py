@@ -94,7 +94,10 @@ def test_a_stack_decodes_the_experts_it_is_asked_for() -> None:
             lambda: int8.decode(torch.zeros(2, 63, dtype=torch.int8), torch.zeros(2, 1, dtype=torch.bfloat16)),
             r"\(2, 64\).*got \(2, 63\)",
         ),
-        (lambda: int8.decode(torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 1)), "got torch.int8 and torch.float32"),
+        (
+            lambda: int8.decode(torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 1)),
+            "got torch.int8 and torch.float32",
+        ),
         (
             lambda: int8.decode(
                 torch.zeros(2, 64, dtype=torch.int8), torch.zeros(2, 1, dtype=torch.bfloat16), torch.float16
