@@ -113,7 +113,7 @@ def measure(width: int, dtype: torch.dtype, tokens: int, repeats: int) -> dict[s
         "tokens": tokens,
         "seconds": medians(repeats, {way: lambda way=way: step(way) for way in WAYS}),  # type: ignore[misc]
         "held_bytes": held,
-        "bytes": {way: held[way] + peak_bytes(lambda way=way: step(way)) for way in WAYS},  # type: ignore[misc]
+        "bytes": {way: held[way] + peak_bytes(lambda way=way: step(way)) for way in WAYS},
     }
 
 
@@ -129,7 +129,7 @@ def decode_speed(width: int, dtype: torch.dtype, repeats: int) -> dict[str, floa
         "MXFP4, transformers": lambda: convert_moe_packed_tensors(blocks, scales, dtype=dtype),
         "NF4, bitsandbytes": lambda: bitsandbytes.dequantize_4bit(nf4, state),
     }
-    return {name: dense.numel() / 1e9 / seconds for name, seconds in medians(repeats, jobs).items()}  # type: ignore[arg-type]
+    return {name: dense.numel() / 1e9 / seconds for name, seconds in medians(repeats, jobs).items()}
 
 
 def main() -> None:

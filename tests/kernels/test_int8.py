@@ -62,7 +62,7 @@ def test_what_is_on_the_grid_survives_a_round_trip() -> None:
 def test_tiny_and_zero_groups_stay_finite() -> None:
     dense = torch.zeros(3, 64)
     dense[1, 5] = 1e-42
-    dense[2, 5] = -2.0**126
+    dense[2, 5] = -(2.0**126)
     codes, scales = int8.encode(dense)
     got = int8.decode(codes, scales)
     assert bool(torch.isfinite(got).all())
