@@ -173,15 +173,35 @@ def one_record(repeats: int, shapes: Sequence[tuple[int, int]]) -> list[dict[str
     return rows
 
 
+def _line(row: dict[str, Any]) -> str:
+    over = [
+        f"{row[name] / row['plain']:.2f}" if name in row else "-"
+        for name in ("one_a_forward", "packed", "opacus_hooks", "opacus_ghost")
+    ]
+    return (
+        f"| {row['targets']} | {row['units']} x {row['tokens']} | {row['plain']:.0f} | {over[0]} | {over[1]} "
+        f"| {'yes' if row['allowed'] else 'no'} | {over[2]} | {over[3]} |"
+    )
+
+
 def main() -> None:
     """Print the tables as Markdown, and one JSON object last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shape", action="append", metavar="UNITSxTOKENS", help="these shapes alone")
     parser.add_argument("--quick", action="store_true", help="one small shape, two repetitions")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats, shapes = (2, QUICK) if arguments.quick else (arguments.repeats, SHAPES)
+    if arguments.shape:
+        shapes = tuple((int(units), int(tokens)) for units, tokens in (one.split("x") for one in arguments.shape))
+    print("Times over one plain backward of the same batch:\n")
+    print(
+        "| adapter | units x tokens | plain, CPU-ms | one unit a forward | all in one | allowed in private runs here "
+        "| Opacus hooks | Opacus ghost |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for targets in TARGETS:
         adapter = adapted(load_base(TINY), targets)
@@ -189,21 +209,7 @@ def main() -> None:
         for count, tokens in shapes:
             found = measured(adapter, count, tokens, repeats, others)
             rows.append({"targets": targets, "units": count, "tokens": tokens, **found})
-    print("Times over one plain backward of the same batch:\n")
-    print(
-        "| adapter | units x tokens | plain, CPU-ms | one unit a forward | all in one | allowed in private runs here "
-        "| Opacus hooks | Opacus ghost |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        over = [
-            f"{row[name] / row['plain']:.2f}" if name in row else "-"
-            for name in ("one_a_forward", "packed", "opacus_hooks", "opacus_ghost")
-        ]
-        print(
-            f"| {row['targets']} | {row['units']} x {row['tokens']} | {row['plain']:.0f} | {over[0]} | {over[1]} "
-            f"| {'yes' if row['allowed'] else 'no'} | {over[2]} | {over[3]} |"
-        )
+            print(_line(rows[-1]), flush=True)
     records = one_record(repeats, shapes)
     print("\n| tokens | one record: MXFP4 / dense |\n| --- | --- |")
     for row in records:
