@@ -123,6 +123,17 @@ def specs_of(described: Mapping[str, Any]) -> dict[str, TensorSpec]:
     }
 
 
+def empty_model(described: Mapping[str, Any], dtype: torch.dtype) -> GptOssForCausalLM:
+    """The model of a configuration on the meta device, frozen: shapes without values.
+
+    Raises:
+        ConfigError: It needs a part that this version does not have.
+        CheckpointError: An unknown quantisation, or a width that it cannot store.
+    """
+    model = _on_meta(_model_config(described), quantisation_of(described))
+    return model.to(_compute(dtype)).requires_grad_(False).eval()
+
+
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Compare the names, shapes and types in a checkpoint's files with what its configuration asks for.
 

@@ -13,12 +13,14 @@ from foedus_protocols.console import Format, FormatOption
 from foedus_protocols.errors import UsageError
 from foedus_protocols.manifest import verify_manifest
 
+from foedus_model.cli_fit import fit
 from foedus_model.cli_generate import generate
 from foedus_model.cli_inspect import described, inspect, manifest, show, synthesise
 from foedus_model.cli_quantize import quantize
 
 app = typer.Typer(no_args_is_help=True, help="Base models and variants: pretrain, inspect, generate.")
 
+app.command()(fit)
 app.command()(generate)
 app.command()(inspect)
 app.command()(manifest)

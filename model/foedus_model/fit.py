@@ -1,0 +1,236 @@
+"""Whether a training step of one unit fits a memory: its bytes by part, plain and with each remedy.
+
+The step itself is traced: the model is built without memory (`meta`) at its true shape, the real forward, loss and
+backward run over it, and every tensor is counted from its making to its end. So the figures follow the code (attention
+function, checkpointing, what autograd keeps) and no formula has to. Two things that run inside an operator are added by
+arithmetic: the rows that the experts' operators sort (`_inner`), and the decoded matrices.
+
+Left out: what an allocator loses between blocks, and optimisers (a round's is the coordinator's). `DRIVER` is assumed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from foedus_kernels.grouped import DECODE_BYTES, DECODE_BYTES_CUDA
+from foedus_protocols.errors import UsageError
+from foedus_protocols.layout import adapter_layout
+from foedus_protocols.manifest import quantisation_of
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from foedus_model.adapter import attach
+from foedus_model.build import empty_model, specs_of
+from foedus_model.parts import by_part
+from foedus_model.quantize import quantised_config
+from foedus_model.recompute import recompute_layers
+
+DRIVER = 512 << 20
+"""Bytes of a GPU that its driver and libraries take before a tensor is made: assumed, not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A way to run the step.
+
+    Attributes:
+        name: What is done.
+        bytes: The step's peak.
+        fits: Whether that is within the limit; None without one.
+        available: Whether this version can do it.
+    """
+
+    name: str
+    bytes: int
+    fits: bool | None
+    available: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """The bytes of a training step.
+
+    Attributes:
+        weights: Of the base by part, as they stay in memory.
+        adapter: The adapter's matrices and their gradients.
+        activations: The peak of everything that the step makes but the gradients, decoded matrices among it.
+        checkpointed: The same where layers are computed again.
+        kept: The layers' inputs that checkpointing keeps; offload would hold them on the host.
+        driver: `DRIVER` with a GPU, else 0.
+        remedies: Plain first; each adds to the one before.
+    """
+
+    weights: Mapping[str, int]
+    adapter: int
+    activations: int
+    checkpointed: int
+    kept: int
+    driver: int
+    remedies: tuple[Remedy, ...]
+
+
+def fit(
+    described: Mapping[str, Any],
+    *,
+    tokens: int,
+    answers: int | None = None,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    targets: str = "attention",
+    rank: int = 16,
+    driver: int = DRIVER,
+) -> Fit:
+    """Trace a step of one unit of one record.
+
+    Args:
+        described: The ``config.json``.
+        tokens: Tokens of the record, at least 2.
+        answers: Tokens that have a loss, and so logits; None for all but the first.
+        limit: Bytes that there are, or None.
+        dtype: The compute type.
+        targets: What the adapter trains, as `adapter_layout` takes it.
+        rank: Of the adapter, A fixed.
+        driver: Bytes that are gone before the first tensor.
+
+    Raises:
+        ConfigError: The configuration needs a part that this version does not have.
+        UsageError: Fewer than 2 tokens, or more than the model takes; no answer, or more than there can be.
+    """
+    most = int(described["max_position_embeddings"])
+    if not 2 <= tokens <= most:
+        raise UsageError(f"expected 2 to {most} tokens, the model's longest text, got {tokens}")
+    answers = tokens - 1 if answers is None else answers
+    if not 1 <= answers < tokens:
+        raise UsageError(f"expected 1 to {tokens - 1} answer tokens of {tokens}, got {answers}")
+    stored = specs_of(described)
+    weights = {part: entry.bytes for part, entry in by_part(stored).items()}
+    if dtype != torch.bfloat16:
+        converted = {name: spec for name, spec in stored.items() if spec.dtype == torch.bfloat16}
+        for part, entry in by_part(converted).items():
+            weights[part] += entry.bytes * (dtype.itemsize - 2) // 2
+    decoded = _decoded(described, dtype, on_gpu=driver > 0)
+    step = _Step(
+        described=described, tokens=tokens, answers=answers, dtype=dtype, targets=targets, rank=rank, decoded=decoded
+    )
+    plain, adapter = step.trace(checkpointing=False)
+    again, _ = step.trace(checkpointing=True)
+    fixed = adapter + driver
+    resident = sum(weights.values())
+    layers = int(described["num_hidden_layers"])
+    kept = layers * tokens * int(described["hidden_size"]) * dtype.itemsize
+    streamed = resident - weights["experts"] + min(2, layers) * weights["experts"] // layers
+    ways = (
+        ("as it is", resident + fixed + plain, True),
+        ("checkpointing", resident + fixed + again, True),
+        ("checkpointing, offload of the layers' inputs", resident + fixed + again - kept, False),
+        ("checkpointing, offload, streaming of experts", streamed + fixed + again - kept, False),
+    )
+    return Fit(
+        weights=weights,
+        adapter=adapter,
+        activations=plain,
+        checkpointed=again,
+        kept=kept,
+        driver=driver,
+        remedies=tuple(
+            Remedy(name=name, bytes=count, fits=None if limit is None else count <= limit, available=there)
+            for name, count, there in ways
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What is traced; the fields are `fit`'s."""
+
+    described: Mapping[str, Any]
+    tokens: int
+    answers: int
+    dtype: torch.dtype
+    targets: str
+    rank: int
+    decoded: int
+
+    def trace(self, *, checkpointing: bool) -> tuple[int, int]:
+        """The peak of what a step makes but for the gradients, and the bytes of the adapter with its gradients.
+
+        The experts' operators take any codec alike, so that one stands for all; dense linear layers stand for
+        quantised ones.
+        """
+        model = empty_model(quantised_config(self.described, "mxfp4"), self.dtype)
+        layout = adapter_layout(self.described, targets=self.targets, rank=self.rank)
+        with torch.device("meta"):
+            adapted = attach(model, layout, seed="0" * 64, alpha=self.rank, rank=self.rank)
+        if checkpointing:
+            recompute_layers(model)
+        factors = [one for name, one in model.named_parameters() if "lora" in name]
+        adapter = sum(one.nbytes for one in factors) + sum(one.nbytes for one in adapted.trained)
+        ids = torch.zeros(1, self.tokens, dtype=torch.int64, device="meta")
+        with _Count(self.decoded) as count:
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (1, T, K)
+            logits = model.lm_head(hidden[0, -self.answers - 1 : -1]).float()  # (answers, vocabulary)
+            losses = functional.cross_entropy(logits, ids[0, -self.answers :], reduction="none")
+            gradients = torch.autograd.grad(losses.sum(), adapted.trained)
+        return count.peak - sum(one.nbytes for one in gradients), adapter
+
+
+def _decoded(described: Mapping[str, Any], dtype: torch.dtype, *, on_gpu: bool) -> int:
+    """Decoded matrices at one time: the kernels' working set, or one matrix where that is larger."""
+    if quantisation_of(described) == "dense":
+        return 0
+    matrix = 2 * int(described["intermediate_size"]) * int(described["hidden_size"]) * dtype.itemsize
+    return max(DECODE_BYTES_CUDA if on_gpu else DECODE_BYTES, matrix)
+
+
+class _Count(TorchDispatchMode):
+    """Counts the bytes of storages made inside it, and their peak."""
+
+    def __init__(self, decoded: int) -> None:
+        super().__init__()
+        self._decoded = decoded
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {one.untyped_storage()._cdata for one in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in given or key in self._seen:
+                continue
+            self._seen.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self.now + _inner(func, args, self._decoded))
+        return out
+
+    def _gone(self, key: int, count: int) -> None:
+        self._seen.discard(key)
+        self.now -= count
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+
+
+def _inner(func: Any, args: Any, decoded: int) -> int:
+    """Bytes that an operator of the experts makes and drops inside: decoded matrices, rows (S, K) and (S, N)."""
+    name = func.name()
+    if name == "foedus::experts_forward":
+        hidden, ids, twice = args[0], args[2], args[5].shape[1]
+    elif name == "foedus::experts_backward":
+        hidden, ids, twice = args[2], args[4], args[1].shape[1]
+    else:
+        return 0
+    wide, narrow = ids.numel() * hidden.shape[1], ids.numel() * twice // 2
+    if name == "foedus::experts_forward":
+        values = max(wide, 3 * narrow, narrow + wide, 2 * wide)
+    else:
+        values = max(wide + 6 * narrow, 2 * wide + 2 * narrow)
+    return decoded + int(values * hidden.element_size())
