@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from foedus_kernels import weights
 from foedus_kernels.expert_lora import ExpertLora, Pair, Segments
-from foedus_kernels.grouped import Order, Routing, add_bias_, add_products_with_, product
+from foedus_kernels.grouped import Routing, add_bias_, add_products_with_, product
 from foedus_kernels.weights import ExpertWeights
 
 
@@ -78,26 +78,20 @@ def experts_torch(
             depend on how many rows an expert has (`docs/model.md`); 1 pads nothing.
 
     Returns:
-        [T, K] in the type of `hidden`. Differentiable once in `hidden`, `expert_weights` and the matrices of `lora`. On
-        a CPU in float32, where no gradient is asked for, the bits are those of transformers' ``grouped_mm`` path over
-        the decoded matrices.
+        [T, K] in the type of `hidden`. Differentiable once in `hidden`, `expert_weights` and the matrices of `lora`.
+        The bits are the same with a gradient to come and without.
 
     Raises:
         ValueError: Shapes that do not fit.
     """
     matrices = (None, None, None, None) if lora is None else lora.matrices()
     _check(hidden, expert_ids, expert_weights, packed, matrices, None if lora is None else lora.units)
-    differentiable = (hidden, expert_weights, *matrices)
-    needs_grad = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in differentiable)
     out, _ = experts_forward(
         *(hidden, expert_weights, expert_ids),
         *(weights.codec_of(packed.gate_up), list(packed.gate_up.tensors()), packed.gate_up_bias),
         *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
         *matrices,
         *(0.0 if lora is None else lora.scale, gate.alpha, gate.limit, row_multiple),
-        # Without a gradient to come, logits shall equal transformers' to the bit (`grouped.product`). In bfloat16 a
-        # CPU without the format takes 30 times as long for that order (2880 x 5760, 128 rows, torch 2.13, 2026-11-25).
-        hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not needs_grad and row_multiple == 1,
     )
     return out
 
@@ -121,19 +115,17 @@ def experts_forward(
     alpha: float,
     limit: float,
     row_multiple: int,
-    library_order: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`experts_torch` as an operator: the output [T, K], and what the backward needs, gate and up of each row."""
-    order: Order = "library" if library_order else "stored"
-    routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple, stable=not library_order)
+    routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple)
     rows = routing.gather(hidden)  # (S, K)
-    found = product(rows, weights.codec(gate_up_codec, gate_up), routing.rows_of, order)  # (S, 2N)
+    found = product(rows, weights.codec(gate_up_codec, gate_up), routing.rows_of)  # (S, 2N)
     if pair := Pair.of(gate_up_a, gate_up_b, scale, rows.dtype):
         pair.add_(found, rows, routing.rows_of)
     del rows
     add_bias_(found, gate_up_bias, routing.rows_of)
     inner = _activate(found, alpha, limit)  # (S, N)
-    outputs = product(inner, weights.codec(down_codec, down), routing.rows_of, order)  # (S, K)
+    outputs = product(inner, weights.codec(down_codec, down), routing.rows_of)  # (S, K)
     if pair := Pair.of(down_a, down_b, scale, inner.dtype):
         pair.add_(outputs, inner, routing.rows_of)
     del inner
@@ -180,7 +172,7 @@ def experts_backward(
     found = [grad.new_empty(0) for _ in range(6)]
     sorted_grad = routing.gather(grad)  # (S, K)
     inner, slopes = _activation_and_slopes(gate_up_rows, alpha, limit)  # (S, N), (S, 2N)
-    adjoint = product(sorted_grad, weights.codec(down_codec, down), routing.rows_of, "adjoint")  # (S, N)
+    adjoint = product(sorted_grad, weights.codec(down_codec, down), routing.rows_of, adjoint=True)  # (S, N)
     pair = Pair.of(down_a, down_b, scale, grad.dtype)
     outer = pair.outer(sorted_grad, routing.rows_of) if pair else None  # (S, R)
     if pair and outer is not None:
@@ -207,7 +199,7 @@ def experts_backward(
         segments = Segments.of(routing, expert_ids, gate_up_a, down_bias.shape[0])
         found[2:4] = segments.gradients(pair, slopes, outer, routing.gather(hidden), needs[2:4])
     if needs[0]:
-        rows_grad = product(slopes, weights.codec(gate_up_codec, gate_up), routing.rows_of, "adjoint")  # (S, K)
+        rows_grad = product(slopes, weights.codec(gate_up_codec, gate_up), routing.rows_of, adjoint=True)  # (S, K)
         if pair and outer is not None:
             pair.add_adjoint_(rows_grad, outer, routing.rows_of)
         found[0] = routing.by_token(rows_grad).view(*expert_ids.shape, hidden.shape[1]).sum(1)
@@ -244,7 +236,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]
     # A list of tensors among the inputs wants a list in its place.
     frozen = (None, None, [None] * split, None, None, [None] * (len(stacks) - split), None)
     if grad is None:
-        return (None, None, *frozen, *(None,) * 9)
+        return (None, None, *frozen, *(None,) * 8)
     needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 9, 10, 11, 12)]
     found = experts_backward(
         *(grad.contiguous(), gate_up_rows, hidden, expert_weights, expert_ids),
@@ -252,7 +244,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]
         *(*matrices, *ctx.constants, needs),
     )
     kept = [one if need else None for one, need in zip(found, needs, strict=True)]
-    return (*kept[:2], *frozen, *kept[2:], *(None,) * 5)
+    return (*kept[:2], *frozen, *kept[2:], *(None,) * 4)
 
 
 experts_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -29,8 +29,6 @@ DECODE_BYTES_CUDA = 256 << 20
 
 _ALIGNMENT = 16  # torch's grouped product takes strides in multiples of this many bytes.
 
-Order = Literal["stored", "library", "adjoint"]
-
 
 class Routing(NamedTuple):
     """Where rows stand in a buffer sorted by expert. M = T * experts_per_token rows, S >= M places with padding."""
@@ -41,18 +39,16 @@ class Routing(NamedTuple):
     rows_of: list[int]  # places of each expert, (E,)
 
     @classmethod
-    def of(cls, expert_ids: torch.Tensor, num_experts: int, *, multiple: int = 1, stable: bool = True) -> Routing:
-        """Sort.
+    def of(cls, expert_ids: torch.Tensor, num_experts: int, *, multiple: int = 1) -> Routing:
+        """Sort. Rows of one expert keep the order of the tokens.
 
         Args:
             expert_ids: int64 [T, experts_per_token].
             num_experts: E.
             multiple: Each expert's places are a multiple of this.
-            stable: Rows of one expert keep the order of the tokens. False sorts as transformers does: a row's place
-                within its expert can change its last bits on a CPU.
         """
         flat = expert_ids.reshape(-1)
-        order = torch.argsort(flat, stable=stable)  # (M,)
+        order = torch.argsort(flat, stable=True)  # (M,)
         counts = torch.bincount(flat, minlength=num_experts)  # (E,)
         slots = ranks = torch.arange(order.numel(), device=order.device)
         padded = counts
@@ -85,27 +81,27 @@ class Routing(NamedTuple):
         return buffer.index_select(0, self.places)
 
 
-def product(rows: torch.Tensor, stack: ExpertWeights, rows_of: list[int], order: Order) -> torch.Tensor:
+def product(rows: torch.Tensor, stack: ExpertWeights, rows_of: list[int], *, adjoint: bool = False) -> torch.Tensor:
     """Each expert's rows times its matrix: ``x W^T``, or ``y W`` for the adjoint.
 
-    A CPU's product of fewer than about 16 rows sums in an order that depends on how the matrix lies in memory.
-    ``library`` turns it round into transformers' order first; ``stored`` takes it as it is.
+    transformers keeps its matrices the other way round, and a CPU's product of few rows sums by how a matrix lies: bits
+    differ from its own in the last places. Turning each matrix first gave its bits and took twice the time.
     """
     _, outs, ins = stack.shape
     chunks = list(_chunks(rows_of, outs * ins * rows.element_size(), rows.device.type))
-    result = None if len(chunks) == 1 else rows.new_empty(rows.shape[0], ins if order == "adjoint" else outs)
+    result = None if len(chunks) == 1 else rows.new_empty(rows.shape[0], ins if adjoint else outs)
     start = 0
     for experts in chunks:
         counts = [rows_of[expert] for expert in experts]
         weights = stack.decode(experts, rows.dtype)  # (hit, outs, ins)
         stop = start + sum(counts)
-        piece = multiply(rows[start:stop], _oriented(weights, order), counts)
+        piece = multiply(rows[start:stop], weights if adjoint else weights.mT, counts)
         if result is None:
             return piece
         result[start:stop] = piece
         start = stop
         del weights, piece  # The next chunk is decoded into the memory of this one.
-    return result if result is not None else rows.new_empty(0, ins if order == "adjoint" else outs)
+    return result if result is not None else rows.new_empty(0, ins if adjoint else outs)
 
 
 def multiply(rows: torch.Tensor, matrices: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -162,17 +158,6 @@ def _groupable(rows: torch.Tensor, matrices: torch.Tensor) -> bool:
     size = rows.element_size()
     aligned = all(width * size % _ALIGNMENT == 0 for width in matrices.shape[1:])
     return aligned and rows.dtype in (torch.float32, torch.bfloat16) and rows.shape[0] > 0
-
-
-def _oriented(weights: torch.Tensor, order: Order) -> torch.Tensor:
-    if order == "adjoint":
-        return weights
-    if order == "stored":
-        return weights.mT
-    turned = weights.new_empty(weights.mT.shape)
-    for group, matrix in enumerate(weights):  # One by one: torch turns a matrix 2.5 times as fast as a stack.
-        turned[group].copy_(matrix.T)
-    return turned
 
 
 def _chunks(rows_of: list[int], expert_bytes: int, device: str) -> Iterator[list[int]]:

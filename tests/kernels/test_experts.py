@@ -58,11 +58,13 @@ def test_equal_to_the_dense_layer(tokens: int, top_k: int, decode_bytes: int, mo
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 300])
-def test_without_a_gradient_the_bits_are_the_librarys(tokens: int) -> None:
-    dense, packed = _pair()
-    dense.config._experts_implementation = "grouped_mm"
-    hidden, ids, weights = (tensor.detach() for tensor in _inputs(tokens, 2))
-    assert torch.equal(experts.experts_torch(hidden, ids, weights, packed, experts.Gate()), dense(hidden, ids, weights))
+def test_the_bits_are_the_same_with_a_gradient_to_come_and_without(tokens: int) -> None:
+    _, packed = _pair()
+    hidden, ids, weights = _inputs(tokens, 2)
+    with_gradient = experts.experts_torch(hidden, ids, weights, packed, experts.Gate())
+    assert with_gradient.requires_grad
+    with torch.no_grad():
+        assert torch.equal(experts.experts_torch(hidden, ids, weights, packed, experts.Gate()), with_gradient)
 
 
 def test_the_clamps_are_reached_and_cut_the_gradient() -> None:
@@ -155,7 +157,7 @@ def test_the_operator_is_registered_with_fakes(tokens: int, kind: str, pairs: in
         *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
     )
     constants = (0.5, 1.702, 7.0, 1)
-    given = (hidden.requires_grad_(), chosen.requires_grad_(), ids, *stacks, *matrices, *constants, False)
+    given = (hidden.requires_grad_(), chosen.requires_grad_(), ids, *stacks, *matrices, *constants)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(experts.experts_forward, given, test_utils=checks)
     _, rows = experts.experts_forward(*given)
