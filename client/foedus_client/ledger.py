@@ -43,7 +43,7 @@ from foedus_client.allotments import (
     require_covered,
     require_not_stated,
 )
-from foedus_client.branches import require_only_extension
+from foedus_client.branches import extensions, require_only_extension
 from foedus_client.chain import Chain, Entry, Transaction
 
 __all__ = ["Admission", "Entry", "Ledger"]
@@ -160,6 +160,8 @@ class Ledger:
                 judged = self._fitting(namespace, known, *terms)
             self._require_only_extension(transaction, charter_digest, extends)
             self._release_expired(transaction, namespace, known)
+            if extends is not None:
+                self._release_expired_extensions(transaction, extends)
             body = {
                 "events": [asdict(event) for event in events],
                 "delta": delta,
@@ -246,6 +248,15 @@ class Ledger:
         for charter, allotment in known.allotments.items():
             if allotment.expired:
                 transaction.append(namespace, "release", {"why": "expired"}, charter=charter)
+
+    def _release_expired_extensions(self, transaction: Transaction, extended: str) -> None:
+        """The same for extensions of a run that another one goes on from now, whatever their namespace."""
+        now, accounts = self._clock(), _accounts(transaction)
+        others = extensions(accounts.values(), extended)
+        for namespace, account in accounts.items():
+            for charter in others.keys() & account.allotments.keys():
+                if account.allotments[charter].open and account.allotments[charter].expires < now:
+                    transaction.append(namespace, "release", {"why": "expired"}, charter=charter)
 
     def admission(self, charter_digest: str) -> Admission | None:
         """The admission of a charter that holds an allotment, with our signature; None if it holds none."""

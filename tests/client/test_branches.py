@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foedus_client.branches import extensions, require_only_extension
 from foedus_client.budget import admit_charter, budget_check
 from foedus_client.ledger import Ledger
 from foedus_client.replay import catch_up, earlier
@@ -82,6 +83,37 @@ def test_an_extension_that_expired_unheard_of_leaves_the_way_open_for_good(home:
     home.now = 1_500.0  # A clock that is set back brings nobody back.
     with pytest.raises(StateError, match="dddddddddddd, which was signed here and is in force"):
         home.admit("e" * 64, OLD)
+
+
+def test_a_branch_that_hangs_on_an_extension_that_failed_stands_in_the_way(home: Home) -> None:
+    """Else its rounds would leave, and the promise of the one beside it would not count them."""
+    third = "d" * 64
+    home.ledger.release_allotment(FIRST, why="complete")
+    home.admit(third, FIRST)
+    assert extensions(home.ledger.accounts().values(), OLD).keys() == {FIRST, third}
+    forged = {**home.ledger.accounts()}
+    forged["patients"].allotments[FIRST].why = "failed"  # As a coordinator would say of a run that it went on with.
+    with pytest.raises(StateError, match="goes on under charter dddddddddddd, which was signed here and is in force"):
+        require_only_extension(forged.values(), SECOND, OLD, now=home.now)
+
+
+@pytest.mark.parametrize("why", ["failed", "refused"])
+def test_a_run_without_a_result_is_not_extended(home: Home, why: str) -> None:
+    home.ledger.release_allotment(FIRST, why=why)
+    with pytest.raises(StateError, match="expected a run that came to its end to go on from, that of charter bbbbbbb"):
+        home.admit(SECOND, FIRST)
+    assert home.ledger.admission(SECOND) is None
+
+
+@pytest.mark.parametrize("namespace", ["patients", "visitors"])
+def test_an_extension_that_expired_stays_over_in_every_namespace(home: Home, namespace: str) -> None:
+    home.ledger.release_allotment(FIRST, why="failed")
+    home.admit(SECOND, OLD, expires=2_000, namespace=namespace)
+    home.now = 2_001.0
+    home.admit("d" * 64, OLD)
+    home.now = 1_500.0
+    with pytest.raises(StateError):
+        home.ledger.reserve(namespace, SECOND, "run-2", 1, ONE, "e" * 64)
 
 
 @pytest.mark.parametrize("why", ["complete", "stopped"])
