@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 Kind = Literal["attention", "experts"]
+
+_MOST_RANK = 1 << 20
 
 # Switches of PEFT's LoRA that change what the matrices mean; an adapter that sets one is refused, not misread.
 _PLAIN_LORA: Mapping[str, tuple[Any, ...]] = {
@@ -174,16 +177,28 @@ def read_peft_config(folder: Path) -> PeftConfig:
         if switch in config and config[switch] not in plain:
             raise CheckpointError(f"expected plain LoRA in {path}, got {switch} = {config[switch]!r}")
     kind, layers = _targets_of(config, path)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not math.isfinite(alpha):
-        raise CheckpointError(f"expected a rank and an alpha in {path}, got r = {rank!r}, lora_alpha = {alpha!r}")
+    rank, alpha = config.get("r"), _finite(config.get("lora_alpha"))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MOST_RANK or alpha is None:
+        got = f"r = {reprlib.repr(rank)}, lora_alpha = {reprlib.repr(config.get('lora_alpha'))}"
+        raise CheckpointError(f"expected a rank and an alpha in {path}, got {got}")
     return PeftConfig(
         rank=rank,
-        alpha=float(alpha),
+        alpha=alpha,
         base_name=str(config.get("base_model_name_or_path") or ""),
         kind=kind,
         layers=layers,
     )
+
+
+def _finite(value: object) -> float | None:
+    """A finite number; None for anything else, which a whole number beyond fp64's range is too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def folder_layout(folder: Path, base_config: Mapping[str, Any], manifest: Mapping[str, Any] | None = None) -> Layout:

@@ -93,7 +93,12 @@ def test_an_absent_config_is_named(tmp_path: Path) -> None:
         ("target_modules", "all-linear"),
         ("peft_type", "IA3"),
         ("r", None),
+        ("r", True),
+        ("r", 10**400),
         ("lora_alpha", "8"),
+        ("lora_alpha", True),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", float("inf")),
     ],
 )
 def test_a_config_that_means_something_else_is_refused(folder: Path, field: str, value: object) -> None:
