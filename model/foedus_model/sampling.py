@@ -16,6 +16,7 @@ import torch
 from foedus_protocols.errors import UsageError
 
 _MAX_STOPS = 16
+_COLDEST = 1e-30  # Below, fp32 would have 0 over 0; here all but the likeliest have no share left.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     """
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    kept = filtered(logits.float().cpu() / sampling.temperature, sampling)
+    scores = logits.float().cpu()
+    scores = (scores - scores.max()) / max(sampling.temperature, _COLDEST)  # (vocabulary,), none above 0
+    kept = filtered(scores, sampling)
     return int(torch.multinomial(torch.softmax(kept, dim=-1), 1, generator=generator))
 
 

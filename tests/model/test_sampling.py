@@ -66,6 +66,14 @@ def test_without_a_seed_draws_differ() -> None:
     assert len(draws) == 4
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 5e-324])
+def test_the_coldest_draw_is_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([-3.0, 40.0, 39.0, -torch.inf])
+    for options in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}):
+        sampling = Sampling(temperature=temperature, seed=0, **options)  # type: ignore[arg-type]
+        assert choose(logits, sampling, new_generator(sampling)) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
