@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+from foedus_model.cli_generate import NOT_PRIVATE
 from foedus_model.evaluate import row_losses
 from foedus_protocols.errors import DataError
 from numpy.typing import NDArray
@@ -150,7 +151,9 @@ def report(measured: Mapping[str, Measured], material: Material, *, seed: int = 
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print a report as a table."""
+    """Print a report, with ``private`` of the variant (None without one), as a table."""
+    if result["private"] is False:
+        console.print(f"[bold red]{NOT_PRIVATE}[/bold red]", soft_wrap=True)
     tasks = result["tasks"]
     heads = ["", "loss a token (nats)", "against the first"]
     for name in tasks:

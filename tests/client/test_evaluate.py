@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,12 @@ from foedus_client.cli_model import app
 from foedus_client.datasets.harmony import Harmony, Record
 from foedus_client.datasets.labels import read_questions
 from foedus_client.datasets.load import Unit
-from foedus_client.evaluate import Material, measure, report
+from foedus_client.evaluate import Material, measure, report, show
 from foedus_model.build import load_base
 from foedus_model.evaluate import row_losses
 from foedus_model.presets import TINY
 from foedus_protocols.errors import DataError, UsageError
+from rich.console import Console
 from typer.testing import CliRunner
 
 
@@ -144,6 +146,15 @@ def test_command_measures_the_shipped_base(tmp_path: Path) -> None:
     assert again == result
     shown = _run("--data", data).stdout
     assert "always the most frequent one would be right in 66.7%" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("private", "said"), [(False, True), (True, False), (None, False)])
+def test_a_variant_without_privacy_is_called_that(model: Any, private: bool | None, said: bool) -> None:
+    material = Material()
+    material.add_units("a", [Unit(key_hash="u", records=[_record(9, 0)])], 1)
+    out = io.StringIO()
+    show({**report({"base": measure(model, material)}, material), "private": private}, Console(file=out))
+    assert ("NOT PRIVATE" in out.getvalue()) is said
 
 
 def test_command_refuses_two_files_of_one_name(tmp_path: Path) -> None:
