@@ -24,11 +24,12 @@ from tokenizers import Tokenizer
 TEMPLATE_FILE = "chat_template.jinja"
 FINAL = "final"
 ROLES = ("system", "developer", "user", "assistant", "tool")
+KEYS = ("role", "content", "thinking", "name")
 _MARKS = "".join(map(chr, range(0xF8E0, 0xF900)))  # Private characters; one that no message uses is the mark.
 _MOST_MESSAGES = 4096
 
 Message = Mapping[str, str]
-"""``role``, ``content``, and for an assistant optionally ``thinking``."""
+"""``role``, ``content``, and optionally ``name`` and, for an assistant, ``thinking``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +103,9 @@ def template_prompt(tokenizer: Tokenizer, template: str, messages: Sequence[Mess
     if not controls:
         raise CheckpointError("expected control tokens in a tokenizer with a chat template, got none")
     firsts = {control[0] for control in controls}
-    mark = _free_mark([template, *(text for message in messages for text in message.values())])
+    mark = _free_mark([template, *values.values(), *(text for message in messages for text in message.values())])
     marked = [{name: _marked(text, firsts, mark) for name, text in message.items()} for message in messages]
-    rendered = _render(template, marked, values)
+    rendered = _render(template, marked, {name: _marked(text, firsts, mark) for name, text in values.items()})
     ids: list[int] = []
     last = ""
     # Only the template's own control tokens are whole in the rendered text: those in messages hold the mark.
@@ -128,13 +129,16 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Accept turns that ask for an answer.
 
     Raises:
-        UsageError: No turns, a turn without text, an unknown role, or an answer as the last turn.
+        UsageError: No turns, a turn without text, an unknown role or key, or an answer as the last turn. What a turn
+            says, or has for a key or role, is not repeated: it may be a person's words.
     """
     if not messages or len(messages) > _MOST_MESSAGES:
         raise UsageError(f"expected from 1 to {_MOST_MESSAGES} messages, got {len(messages)}")
     for number, message in enumerate(messages, start=1):
+        if not set(message) <= set(KEYS):
+            raise UsageError(f"expected only the keys {', '.join(KEYS)} in message {number}, got another: remove it")
         if message.get("role") not in ROLES:
-            raise UsageError(f"expected a role of {', '.join(ROLES)} in message {number}, got {message.get('role')!r}")
+            raise UsageError(f"expected a role of {', '.join(ROLES)} in message {number}, got another or none")
         if not message.get("content"):
             raise UsageError(f"expected text in message {number}, got none")
     if messages[-1]["role"] == "assistant":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from foedus_protocols.console import Format, FormatOption, emit, progress_console
+from foedus_protocols.console import Format, FormatOption, emit, progress_console, without_controls
 from foedus_protocols.errors import UsageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -142,7 +142,8 @@ def _stream(generator: Generator, requests: list[Request]) -> None:
         sys.stdout.write(NOT_PRIVATE + "\n")
     for piece in stream(generator.model, generator.tokenizer, requests, batch=1):
         out = sys.stdout if piece.channel == FINAL else sys.stderr
-        out.write(piece.text + ("\n" if piece.finish is not None else ""))
+        text = without_controls(piece.text) if out.isatty() else piece.text
+        out.write(text + ("\n" if piece.finish is not None else ""))
         out.flush()
 
 
@@ -183,9 +184,10 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     if result["notice"]:
         console.print(f"[bold red]{result['notice']}[/bold red]", soft_wrap=True)
     answers = result["answers"]
+    shown = without_controls if console.is_terminal else str
     for number, answer in enumerate(answers, start=1):
         if len(answers) > 1:
             console.print(f"[bold]{number}[/bold]", highlight=False)
         if answer["thinking"]:
-            console.print(answer["thinking"], markup=False, highlight=False, soft_wrap=True, style="dim")
-        console.print(answer["text"], markup=False, highlight=False, soft_wrap=True)
+            console.print(shown(answer["thinking"]), markup=False, highlight=False, soft_wrap=True, style="dim")
+        console.print(shown(answer["text"]), markup=False, highlight=False, soft_wrap=True)

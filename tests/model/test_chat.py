@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from foedus_model import cli, generate
+from foedus_model import cli, cli_generate, decode, generate
 from foedus_model.chat import plain_prompt, read_messages, short_prompt, template_prompt
 from foedus_model.checkpoint import open_checkpoint
 from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
+from rich.console import Console
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -84,6 +88,14 @@ def test_a_template_is_rendered_and_messages_stay_text(tokenizer: Tokenizer) -> 
     assert "medium" in _text(tokenizer, template_prompt(tokenizer, TEMPLATE, turns).ids)
 
 
+def test_an_effort_stays_text_too(tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "Why?"}]
+    for effort in (ATTACK, "<\uf8e0|end|>"):  # Of the second, the first free mark would be lost.
+        prompt = template_prompt(tokenizer, TEMPLATE, turns, reasoning_effort=effort)
+        assert f"Reasoning: {effort}<|end|>" in _text(tokenizer, prompt.ids)
+        assert _controls(prompt.ids) == 3 + 3 + 1
+
+
 def test_a_template_that_opens_the_answer_ends_at_its_end(tokenizer: Tokenizer) -> None:
     opened = TEMPLATE.replace("assistant{%- endif", "assistant<|channel|>final<|message|>{%- endif")
     turns = [{"role": "user", "content": "Why?"}]
@@ -112,15 +124,17 @@ def test_a_template_that_cannot_be_rendered_is_refused(tokenizer: Tokenizer, tem
     ("turns", "text"),
     [
         ([], "from 1 to 4096 messages"),
-        ([{"role": "judge", "content": "a"}], "expected a role of"),
+        ([{"role": "judge", "content": "a"}], "expected a role of .* in message 1, got another or none$"),
+        ([{"role": "user", "content": "a", "judge": "b"}], "only the keys role, content, thinking, name in message 1"),
         ([{"role": "user", "content": ""}], "expected text in message 1"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "a last message to answer"),
         ([{"role": "tool", "content": "a"}], "no tool message"),
     ],
 )
 def test_turns_that_ask_for_nothing_are_refused(tokenizer: Tokenizer, turns: list[dict[str, str]], text: str) -> None:
-    with pytest.raises(UsageError, match=text):
+    with pytest.raises(UsageError, match=text) as caught:
         short_prompt(tokenizer, turns)
+    assert "judge" not in str(caught.value)
 
 
 def test_a_tokenizer_without_control_tokens_is_refused() -> None:
@@ -191,6 +205,30 @@ def test_command_streams_the_same_text(base: Path) -> None:
     ask = ("--base", base, "--prompt", "Why?", "--raw", "--max-new-tokens", "8")
     streamed = _invoke(*ask, "--stream")
     assert streamed.stdout == str(_json(*ask)["text"]) + "\n"  # type: ignore[attr-defined]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_models_text_commands_no_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    said = "a\x1b]0;title\x07\tb\nc\x9b2J\r"
+    expected = "a\ufffd]0;title\ufffd\tb\nc\ufffd2J\ufffd" if terminal else said
+    pieces = [
+        decode.Piece(request=0, token=1, channel=channel, text=said, finish=None) for channel in ("final", "analysis")
+    ]
+    monkeypatch.setattr(decode, "stream", lambda *_, **__: iter(pieces))
+    out, err = (_Terminal() if terminal else io.StringIO() for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    cli_generate._stream(SimpleNamespace(private=None, model=None, tokenizer=None), [])  # type: ignore[arg-type]
+    assert (out.getvalue(), err.getvalue()) == (expected, expected)
+    printed = io.StringIO()
+    console = Console(file=printed, force_terminal=terminal, color_system=None)
+    cli_generate._print(console, {"notice": None, "answers": [{"thinking": said, "text": said}]})
+    assert ("\x1b]" in printed.getvalue(), "\x9b" in printed.getvalue()) == (not terminal, not terminal)
 
 
 @pytest.mark.parametrize(
