@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
-from foedus_protocols.charter_checks import Limits, UnitNamespace
+from foedus_protocols.charter_checks import MAX_PARAMETERS, Limits, UnitNamespace
 from foedus_protocols.errors import ConfigError, PolicyRefused
 from foedus_protocols.files import disk_errors, write_durably
 from foedus_protocols.identity import human_fingerprint, parse_fingerprint
@@ -56,6 +56,7 @@ max_records_per_unit = 16
 max_rounds = 1000
 max_rate = 1.0                  # of the optimiser
 max_rank = 64                   # of the adapter
+max_parameters = 134217728      # of the adapter: 512 MiB of fp32, and a step holds some six arrays of so many
 min_survivors = 2               # a sum of fewer vectors is never published
 evaluation = ["none"]           # add "plain" to let held-out scores leave without noise: epsilon does not cover them
 
@@ -141,6 +142,7 @@ class Bounds(Section):
     max_rounds: Count = 1000
     max_rate: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     max_rank: Count = 64
+    max_parameters: Count = MAX_PARAMETERS
     min_survivors: Count = 2
     evaluation: list[Literal["none", "plain"]] = ["none"]
 
@@ -230,6 +232,7 @@ class Policy(Section):
             max_rounds=self.bounds.max_rounds,
             max_rate=self.bounds.max_rate,
             max_rank=self.bounds.max_rank,
+            max_parameters=self.bounds.max_parameters,
             min_survivors=self.bounds.min_survivors,
         )
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from foedus_kernels.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE
-from foedus_protocols.errors import CheckpointError, ConfigError
+from foedus_protocols.errors import CheckpointError, ConfigError, FoedusError
 from foedus_protocols.manifest import quantisation_of, read_config, verify_config
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -34,6 +34,18 @@ from foedus_model.parts import bytes_by_part, in_units, type_name
 from foedus_model.shards import TensorSpec
 
 _LOG = logging.getLogger(__name__)
+
+_SIZES = {
+    "num_hidden_layers": 4096,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_local_experts": 1 << 16,
+    "num_experts_per_tok": 1 << 16,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "vocab_size": 1 << 28,
+}
+"""The most of each that a base may have: far above any model, and refused before memory runs out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +203,59 @@ def _model_config(described: Mapping[str, Any]) -> GptOssConfig:
     """The transformers configuration, without its quantisation (ours is not a transformers quantiser)."""
     if described.get("model_type") != "gpt_oss":
         raise ConfigError(f"expected a model of type gpt_oss, got {described.get('model_type')!r}")
-    config = gpt_oss_config(described)
+    _require_shape(described)
+    try:
+        config = gpt_oss_config(described)
+    except FoedusError:
+        raise
+    except Exception as error:  # transformers checks a configuration in many ways of its own.
+        raise ConfigError(f"expected a gpt-oss configuration, got one that cannot be: {_first_line(error)}") from error
     # The load-balancing loss couples the records of a batch: private training must never see it.
     config.output_router_logits = False
     config._experts_implementation = "grouped_mm"
     return config
 
 
+def _require_shape(described: Mapping[str, Any]) -> None:
+    """Check the sizes of a configuration, which may be somebody else's, before a model is built from them."""
+    for name, most in _SIZES.items():
+        value = described.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(f"expected {name} from 1 to {most} in the base's config.json, got {_shown(value)}")
+    if described["num_experts_per_tok"] > described["num_local_experts"]:
+        raise ConfigError(
+            f"expected at most {described['num_local_experts']} experts a token in the base's config.json, got "
+            f"{described['num_experts_per_tok']}"
+        )
+    if described["num_attention_heads"] % described["num_key_value_heads"]:
+        raise ConfigError(
+            f"expected query heads in groups of {described['num_key_value_heads']}, got "
+            f"{described['num_attention_heads']}: num_attention_heads and num_key_value_heads do not fit"
+        )
+    types, layers = described.get("layer_types"), described["num_hidden_layers"]
+    if types is not None and (not isinstance(types, list) or not all(isinstance(one, str) for one in types)):
+        raise ConfigError("expected layer_types in the base's config.json to be a list of names, got something else")
+    if types is not None and len(types) != layers:
+        raise ConfigError(f"expected {layers} layer_types in the base's config.json, got {len(types)}")
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:40]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def _on_meta(config: GptOssConfig, quantisation: str) -> GptOssForCausalLM:
     """The model without memory, with the modules of a quantisation in place."""
     with torch.device("meta"):
-        model = GptOssForCausalLM(config)
+        try:
+            model = GptOssForCausalLM(config)
+        except (RuntimeError, AssertionError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"expected a gpt-oss configuration, got one of which no model can be built: {_first_line(error)}"
+            ) from error
         if quantisation != "dense":
             for layer in model.model.layers:
                 layer.mlp.experts = QuantisedExperts(config, quantisation)

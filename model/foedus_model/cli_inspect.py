@@ -127,14 +127,14 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     from foedus_model.parts import in_units
 
     for name, value in result.items():
-        if name == "layer_types" and value:
+        if name == "layer_types" and isinstance(value, list) and all(isinstance(kind, str) for kind in value):
             value = ", ".join(f"{value.count(kind)} {kind}" for kind in dict.fromkeys(value))
         if name == "bytes":
             value = f"{value} ({in_units(value)})"
         if name == "parts":
             console.print(_table(value))
         elif isinstance(value, list):
-            console.print(f"[bold]{name}[/bold]  {escape(', '.join(value))}", soft_wrap=True)
+            console.print(f"[bold]{name}[/bold]  {escape(', '.join(map(str, value)))}", soft_wrap=True)
         else:
             console.print(f"[bold]{name}[/bold]  {escape(str(value))}", soft_wrap=True)
 

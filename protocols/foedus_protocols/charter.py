@@ -25,6 +25,8 @@ from foedus_protocols.errors import VerificationError
 from foedus_protocols.layout import Layout, Targets, Train, Vector, adapter_layout, initial_vector
 from foedus_protocols.messages import Agreement, Digest, OrgId
 
+_SHOWN_ERRORS = 8  # Of a charter that does not parse: the text goes to a log and a database.
+_SHOWN_NAME = 100
 SIGNATURE_CONTEXT = "foedus/charter/1"
 MAX_CHARTER_BYTES = 1 << 20
 
@@ -77,7 +79,9 @@ class Adapter(Terms):
     layout_digest: Digest
     length: Count
     initial_digest: Digest
-    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=4096)], ...], Field(min_length=1)] | None = None
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=4096)], ...], Field(min_length=1, max_length=4096)] | None = (
+        None
+    )
     train: Literal["both"] | None = None
 
     @property
@@ -265,9 +269,11 @@ class Charter(Terms):
         try:
             charter = cls.model_validate_json(data)
         except ValidationError as error:
+            items = error.errors(include_url=False, include_context=False, include_input=False)
             found = "; ".join(
-                (".".join(map(str, item["loc"])) or "the whole") + ": " + item["msg"] for item in error.errors()
-            )
+                (".".join(map(str, item["loc"])) or "the whole")[:_SHOWN_NAME] + ": " + item["msg"]
+                for item in items[:_SHOWN_ERRORS]
+            ) + ("" if len(items) <= _SHOWN_ERRORS else f"; and {len(items) - _SHOWN_ERRORS} more")
             raise VerificationError(
                 f"expected a charter of version 1, got: {found}. "
                 "Where a newer version of Foedus wrote it, update this one"

@@ -47,6 +47,8 @@ from foedus_protocols.roster import Roster, check_chain, stayed_since
 Stage = Literal["sign", "round"]
 
 CLOCK_TOLERANCE_SECONDS = 300.0
+MAX_PARAMETERS = 1 << 27
+"""What a policy without `bounds.max_parameters` allows: 512 MiB of fp32; attention of gpt-oss-120b at rank 64 is 74."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,7 @@ class Limits:
         peers: Organisation id to the fingerprint of its signing key that a person confirmed.
         namespaces: Allowed purpose to the namespace of the data set that serves it.
         evaluation: Evaluation terms that may be agreed to.
+        max_parameters: Trained coordinates. A step holds some six arrays of so many.
     """
 
     coordinators: frozenset[str]
@@ -84,6 +87,7 @@ class Limits:
     max_rate: float
     max_rank: int
     min_survivors: int
+    max_parameters: int = MAX_PARAMETERS
 
 
 def replay_nothing(charter: Charter) -> Earlier:
@@ -168,10 +172,12 @@ def check_charter(
     with _step(7):
         config = _base_held(charter, view)
     with _step(8):
-        _adapter_as_computed(charter, config)
+        computed = _layout_as_computed(charter, config)
     earlier = _extension_as_replayed(charter, view) if stage == "sign" else None
     with _step(9):
         _within_bounds(charter, view.limits)
+    with _step(8):  # Makes the whole adapter, so only once its size is within our bounds.
+        _starts_as_computed(charter, computed)
     with _step(10):
         _within_budget(charter, mine, view, stage, earlier)
     with _step(11):
@@ -269,14 +275,19 @@ def _base_held(charter: Charter, view: OrgView) -> Mapping[str, Any]:
     return view.base_configs[charter.base]
 
 
-def _adapter_as_computed(charter: Charter, config: Mapping[str, Any]) -> None:
-    """Check 8."""
+def _layout_as_computed(charter: Charter, config: Mapping[str, Any]) -> layout.Layout:
+    """Check 8, the shape."""
     computed = charter.adapter.layout(config)
     if (charter.adapter.layout_digest, charter.adapter.length) != (computed.digest, computed.length):
         raise VerificationError(
             f"expected the layout {computed.digest[:12]} of {computed.length} coordinates for this base, got "
             f"{charter.adapter.layout_digest[:12]} of {charter.adapter.length}"
         )
+    return computed
+
+
+def _starts_as_computed(charter: Charter, computed: layout.Layout) -> None:
+    """Check 8, the values."""
     if charter.extends is not None:
         return
     initial = layout.initial_digest(computed, charter.adapter.seed)
@@ -319,6 +330,7 @@ def _within_bounds(charter: Charter, limits: Limits) -> None:
         ("rounds", spent + charter.privacy.rounds, limits.max_rounds),
         ("rate", charter.recipe.optimiser.rate, limits.max_rate),
         ("rank", charter.adapter.rank, limits.max_rank),
+        ("parameters", charter.adapter.length, limits.max_parameters),
     ]
     for name, found, bound in bounded:
         if found > bound:

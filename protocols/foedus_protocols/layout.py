@@ -312,8 +312,9 @@ def _named(layers: Sequence[int], count: int) -> tuple[int, ...]:
     """The named layers of a base that has `count`."""
     named = tuple(layers)
     if not named or list(named) != sorted(set(named)) or not 0 <= named[0] <= named[-1] < count:
+        shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
         raise ConfigError(
-            f"expected the adapted layers ascending, each once, from 0 to {count - 1} for this base, got {list(named)}"
+            f"expected the adapted layers ascending, each once, from 0 to {count - 1} for this base, got [{shown}]"
         )
     return named
 

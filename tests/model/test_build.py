@@ -10,7 +10,7 @@ import pytest
 import torch
 from foedus_kernels import mxfp4
 from foedus_model import presets
-from foedus_model.build import _model_config, _on_meta, load_base
+from foedus_model.build import _model_config, _on_meta, load_base, specs_of
 from foedus_model.experts import QuantisedExperts
 from foedus_model.quantize import quantise
 from foedus_protocols.canonical import digest_file
@@ -142,6 +142,28 @@ def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> No
     folder = write_base(config=config, tensors=tensors)
     with pytest.raises(ConfigError, match="got dilated_attention"):
         load_base(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers from 1 to 4096"),
+        ({"vocab_size": 2**62}, "vocab_size from 1 to"),
+        ({"num_attention_heads": 0}, "num_attention_heads from 1 to"),
+        ({"num_key_value_heads": 3}, "query heads in groups of 3"),
+        ({"num_experts_per_tok": 99}, "at most 16 experts a token"),
+        ({"layer_types": 5}, "a list of names"),
+        ({"layer_types": [["a"]] * 2}, "a list of names"),
+        ({"layer_types": ["full_attention"]}, "2 layer_types"),
+        ({"swiglu_limit": "x"}, "a gpt-oss configuration"),
+        ({"rope_parameters": {"rope_type": "evil", "rope_theta": 1.0}}, "a gpt-oss configuration"),
+        ({"pad_token_id": 10**9}, "a gpt-oss configuration"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    """It may be somebody else's: nothing is built from it, and nothing of the library's own gets out."""
+    with pytest.raises(ConfigError, match=said):
+        specs_of(small_config(**changes))
 
 
 def test_another_architecture_is_refused(write_base: Callable[..., Path]) -> None:

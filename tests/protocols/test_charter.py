@@ -245,3 +245,16 @@ def test_a_charter_signature_is_of_no_use_in_another_context(league: Any) -> Non
     elsewhere = identity.sign(league.operator, "foedus/roster/1", bytes.fromhex(charter.digest))
     with pytest.raises(VerificationError):
         verify_charter_signature(league.operator_key, charter.digest, elsewhere)
+
+
+def test_the_text_about_a_charter_that_does_not_parse_stays_short(league: Any) -> None:
+    charter = league.draft()
+    value = json.loads(charter.canonical())
+    value["adapter"]["layers"] = [-1] * 300_000
+    with pytest.raises(VerificationError) as refused:
+        Charter.parse(canonical_bytes(value))
+    assert len(str(refused.value)) < 3_000
+    value = json.loads(charter.canonical()) | {f"unknown_{number:05d}": 0 for number in range(20_000)}
+    with pytest.raises(VerificationError, match="and 19992 more") as refused:
+        Charter.parse(canonical_bytes(value))
+    assert len(str(refused.value)) < 3_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from foedus_protocols import identity
@@ -167,12 +168,20 @@ def test_step_8_adapter_as_we_compute_it(league: Any, charter: Charter, view: Or
         ({"max_rounds": 3}, "rounds"),
         ({"max_rate": 0.019}, "rate"),
         ({"max_rank": 3}, "rank"),
+        ({"max_parameters": 100}, "parameters"),
         ({"namespaces": {}}, "purpose"),
         ({"evaluation": frozenset()}, "evaluation"),
     ],
 )
 def test_step_9_bounds(league: Any, charter: Charter, view: OrgView, changes: dict[str, Any], text: str) -> None:
     refused(9, lambda: check(league, charter, limited(view, **changes)), text)
+
+
+def test_an_adapter_beyond_our_bounds_is_refused_before_it_is_made(
+    league: Any, charter: Charter, view: OrgView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foedus_protocols.layout.initial_digest", Mock(side_effect=AssertionError("made")))
+    refused(9, lambda: check(league, charter, limited(view, max_parameters=100)), "parameters of at most 100")
 
 
 def test_step_9_plain_evaluation_must_be_allowed(league: Any, charter: Charter, view: OrgView) -> None:
