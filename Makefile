@@ -46,7 +46,7 @@ security: setup  ## bandit
 
 check: lint types contracts security  ## everything static
 
-bench: setup     ## rounds beside Flower's SuperLink (BENCH_FLAGS="--repeats 3"), then the private step beside its peers
+bench: setup     ## rounds, private step, attention, experts, a 20b layer, generation, beside their peers (BENCH_FLAGS, STEP_FLAGS, ...)
 	$(BIN)/python tests/bench/rounds.py $(BENCH_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
