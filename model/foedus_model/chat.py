@@ -1,6 +1,6 @@
 """Messages to the tokens of a prompt, and the tokens of an answer to its channels.
 
-A base that carries a ``chat_template.jinja`` is prompted with it, in jinja2's sandbox; one that does not, with the
+A base that carries a ``chat_template.jinja`` is prompted with it, in a sandbox (`render`); one that does not, with the
 short form of the harmony format (https://cookbook.openai.com/article/harmony) that training uses, whose answer is the
 channel ``final`` at once. In either, text of a message is never read as a control token: whoever writes ``<|end|>``
 into a question ends nothing. (Rendering a template to text and encoding that text, as is usual, would obey it.)
@@ -10,14 +10,16 @@ Left out: tools. A template may mention them; nothing here calls one.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from subprocess import DEVNULL, PIPE
 
+from foedus_protocols.console import printable
 from foedus_protocols.errors import CheckpointError, UsageError
 from tokenizers import Tokenizer
 
@@ -27,6 +29,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 KEYS = ("role", "content", "thinking", "name")
 _MARKS = "".join(map(chr, range(0xF8E0, 0xF900)))  # Private characters; one that no message uses is the mark.
 _MOST_MESSAGES = 4096
+_WAIT = 60.0  # Seconds; the processor's time is limited in the process itself.
+_MOST_REASON = 300
 
 Message = Mapping[str, str]
 """``role``, ``content``, and optionally ``name`` and, for an assistant, ``thinking``."""
@@ -250,32 +254,17 @@ def _marked(text: str, firsts: set[str], mark: str) -> str:
 
 
 def _render(template: str, messages: Sequence[Mapping[str, str]], values: Mapping[str, str]) -> str:
-    """Run a template in the sandbox, with what transformers gives it."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(text: str) -> None:
-        raise TemplateError(text)
-
-    def now(layout: str) -> str:
-        return datetime.datetime.now().strftime(layout)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": now}
+    """Run a template in the sandbox of `render`, a process that the system's limits can end."""
+    asked = json.dumps({"template": template, "messages": messages, "values": values})
+    command = (sys.executable, "-P", str(Path(__file__).with_name("render.py")))  # -P: our codecs is not Python's.
     try:
-        rendered: Any = environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **values
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise CheckpointError(
-            f"the base's {TEMPLATE_FILE} cannot be rendered with these messages: {error}; use --short or --raw"
-        ) from error
-    return str(rendered)
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter would escape HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+        done = subprocess.run(command, input=asked, stdout=PIPE, stderr=DEVNULL, encoding="utf-8", timeout=_WAIT)
+        said = json.loads(done.stdout) if done.returncode == 0 else {}
+    except subprocess.TimeoutExpired:
+        said = {}
+    if "text" in said:
+        return str(said["text"])
+    reason = printable(said.get("error", "it takes more time or memory than a template may"))[:_MOST_REASON]
+    raise CheckpointError(
+        f"the base's {TEMPLATE_FILE} cannot be rendered with these messages: {reason}; use --short or --raw"
+    )

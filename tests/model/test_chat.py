@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from foedus_model import cli, cli_generate, decode, generate
+from foedus_model import chat, cli, cli_generate, decode, generate
 from foedus_model.chat import plain_prompt, read_messages, short_prompt, template_prompt
 from foedus_model.checkpoint import open_checkpoint
 from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
@@ -118,6 +118,40 @@ def test_a_template_that_opens_the_answer_ends_at_its_end(tokenizer: Tokenizer) 
 def test_a_template_that_cannot_be_rendered_is_refused(tokenizer: Tokenizer, template: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be rendered with these messages"):
         template_prompt(tokenizer, template, [{"role": "user", "content": "Why?"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ 'a' * 10**12 }}", "MemoryError"),
+        ("{{ 'a'.ljust(10**8) }}", "at most 16777216 characters"),
+        (
+            "{% set n = namespace(a='a') %}{% for i in range(64) %}{% set n.a = n.a ~ n.a %}{% endfor %}{{ n.a }}",
+            "MemoryError",
+        ),
+        ("{{ raise_exception('\x1b[2J' ~ 'a' * 1000) }}", "TemplateError: \ufffd\\[2Ja{200,300};"),
+    ],
+)
+def test_a_template_without_measure_ends_its_own_process(tokenizer: Tokenizer, template: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot be rendered with these messages: .*{reason}"):
+        template_prompt(tokenizer, template, [{"role": "user", "content": "Why?"}])
+
+
+@pytest.mark.parametrize("way", ["processor", "clock"])
+def test_a_template_without_end_is_ended(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    if way == "clock":
+        monkeypatch.setattr(chat, "_WAIT", 0.5)
+    else:  # The same program with less patience.
+        source = Path(chat.__file__).with_name("render.py").read_text(encoding="utf-8")
+        assert "SECONDS = 10 " in source
+        (tmp_path / "render.py").write_text(source.replace("SECONDS = 10 ", "SECONDS = 1 "), encoding="utf-8")
+        monkeypatch.setattr(chat, "__file__", str(tmp_path / "chat.py"))
+    with pytest.raises(CheckpointError, match="it takes more time or memory than a template may"):
+        template_prompt(tokenizer, endless, [{"role": "user", "content": "Why?"}])
 
 
 @pytest.mark.parametrize(
