@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,12 +41,6 @@ def bits_per_byte(model: nn.Module, tokenizer: Tokenizer, texts: list[str], *, l
 def xz_bits_per_byte(data: bytes) -> float:
     """Bits a byte that ``xz -9e`` needs for the data."""
     return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
-
-
-def order0_bits_per_byte(texts: list[str]) -> float:
-    """Bits a byte of a model that knows the frequency of each byte of these very texts, and nothing else."""
-    data = "".join(texts).encode()
-    return -sum(count * math.log2(count / len(data)) for count in Counter(data).values()) / len(data)
 
 
 def _window_nats(model: nn.Module, tokens: npt.NDArray[Any], length: int, *, rows: int = 8) -> Iterator[float]:

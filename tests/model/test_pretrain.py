@@ -17,7 +17,7 @@ from foedus_kernels import mxfp4
 from foedus_model import corpus as corpus_module
 from foedus_model import pretrain as pretrain_module
 from foedus_model.corpus import Corpus, Document, Entry
-from foedus_model.measure import bits_per_byte, order0_bits_per_byte, xz_bits_per_byte
+from foedus_model.measure import bits_per_byte, xz_bits_per_byte
 from foedus_model.pretrain import PretrainSettings, pretrain, round_experts_, tiny_config, token_streams
 from foedus_model.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from foedus_protocols.errors import StateError
@@ -152,8 +152,7 @@ def test_every_token_is_scored_once(tokenizer: Tokenizer, length: int, words: in
     assert bits_per_byte(_Uniform(), tokenizer, texts, length=length) == pytest.approx(expected, rel=1e-6)
 
 
-def test_order0_and_xz() -> None:
-    assert order0_bits_per_byte(["abab"]) == 1.0
+def test_xz_on_what_repeats() -> None:
     assert xz_bits_per_byte(b"a" * 10_000) < 0.2
 
 
