@@ -95,6 +95,15 @@ def test_what_is_not_stored_and_what_lies_beside_stays(write_base: Callable[...,
     assert all(torch.equal(before[name], after[name]) for name in same)
 
 
+def test_the_folder_one_stands_in_is_written_to(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_checkpoint(base.absolute())
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    made = convert(source, Path("."), to="int8", requantise=True)
+    assert open_checkpoint(tmp_path / "out").digest == made.digest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_back_from_eight_bits_to_mxfp4_keeps_codes_that_were_mxfp4s(base: Path, tmp_path: Path) -> None:
     """8 bits hold a group of 4-bit values within half a step: rounding back finds every code again, up to a few."""
     first, second = tmp_path / "int8", tmp_path / "mxfp4"
