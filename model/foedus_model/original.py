@@ -39,7 +39,7 @@ _LAYER = {
     "mlp.mlp2_bias": "mlp.experts.down_proj_bias",
 }
 _FUSED = re.compile(r"attn\.qkv\.(weight|bias)")
-_BLOCK = re.compile(r"block\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"block\.(0|[1-9][0-9]*)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,16 @@ class Piece:
 
 
 def pieces(found: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, Piece]:
-    """Where in an original checkpoint each released tensor lies. Names that are not OpenAI's stay as they are.
+    """Where in an original checkpoint each released tensor lies.
+
+    OpenAI's names and the released ones correspond one to one, so no two tensors claim the same place.
 
     Args:
         found: What the files hold.
         config: The configuration, in transformers' names.
 
     Raises:
-        CheckpointError: A fused matrix has another number of rows than the heads ask for.
+        CheckpointError: A name is not OpenAI's, or a fused matrix has another number of rows than the heads ask for.
     """
     taken: dict[str, Piece] = {}
     for source, spec in found.items():
@@ -83,8 +85,13 @@ def pieces(found: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[s
                 taken[f"model.layers.{matched[1]}.self_attn.{letter}_proj.{fused[1]}"] = Piece(source, rows)
         elif matched and matched[2] in _LAYER:
             taken[f"model.layers.{matched[1]}.{_LAYER[matched[2]]}"] = Piece(source)
+        elif source in _OUTER:
+            taken[_OUTER[source]] = Piece(source)
         else:
-            taken[_OUTER.get(source, source)] = Piece(source)
+            raise CheckpointError(
+                f"expected only names of OpenAI's layout, as config.json is in it, got the tensor {source}: "
+                "the files are not of one release; fetch them again"
+            )
     return taken
 
 

@@ -17,6 +17,7 @@ from foedus_model.quantize import quantise
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.manifest import INDEX_FILE, read_config, write_manifest
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support.openai_program import Program
 
 from .conftest import byte_tokenizer, random_state, small_config
@@ -270,6 +271,17 @@ def test_fused_rows_that_the_heads_do_not_ask_for_are_refused(original: Path, tm
     (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 3}))
     write_manifest(folder, provenance={})
     with pytest.raises(CheckpointError, match=r"expected 384 rows of q, k and v, got the shape \(320"):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "block.01.attn.sinks", "block.0.mlp.mlp1_weight"])
+def test_a_name_that_is_not_openais_is_refused(original: Path, tmp_path: Path, name: str) -> None:
+    """The first would take the place of `norm.scale` without a word."""
+    folder = _copy(original, tmp_path)
+    (folder / INDEX_FILE).unlink()
+    save_file({name: torch.zeros(128, dtype=torch.bfloat16)}, folder / "more.safetensors")
+    write_manifest(folder, provenance={})
+    with pytest.raises(CheckpointError, match=f"expected only names of OpenAI's layout.*got the tensor {name}:"):
         load_base(folder)
 
 
