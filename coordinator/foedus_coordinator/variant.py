@@ -23,7 +23,7 @@ from foedus_protocols.errors import VerificationError
 from foedus_protocols.files import DiskTrouble, disk_errors, sync_folder
 from foedus_protocols.identity import public_hex, sign
 from foedus_protocols.manifest import MANIFEST_FILE
-from foedus_protocols.peft_folder import write_peft
+from foedus_protocols.peft_folder import file_digests, write_peft
 from safetensors import SafetensorError
 
 from foedus_coordinator import figures
@@ -46,7 +46,7 @@ def epsilon_after(charter: Charter, rounds: int, *, first: Charter | None = None
 
 
 def build_manifest(run: Run, chain: Chain) -> dict[str, Any]:
-    """What is signed about a variant.
+    """What is signed about a variant, but for the digests of its files.
 
     Failed rounds count as spent, since their vectors left the organisations, and so do rounds after the one that the
     released adapter stands on.
@@ -117,10 +117,8 @@ def write_variant(run: Run, chain: Chain, *, folder: Path, key: Ed25519PrivateKe
             "from the base's configuration; use the version that drafted the charter"
         )
     manifest = build_manifest(run, chain)
-    signature = sign(key, MANIFEST_CONTEXT, canonical_bytes(manifest))
     target = folder / (f"{charter.name}-{charter.digest[:_SHORT]}" + ("" if charter.private else "-NOT-PRIVATE"))
     part = folder / f"{target.name}.part"
-    signed = {"manifest": manifest, "signature": signature, "operator_key": public_hex(key)}
     with disk_errors(folder):
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -135,6 +133,9 @@ def write_variant(run: Run, chain: Chain, *, folder: Path, key: Ed25519PrivateKe
             )
         except SafetensorError as error:  # What it makes of a full disk; the tensors themselves are always sound.
             raise DiskTrouble(f"expected to write the adapter in {part}, the disk did not take it: {error}") from error
+        manifest["files"] = file_digests(part)  # Beyond the trained vector: the fixed matrices, the rank and alpha.
+        signature = sign(key, MANIFEST_CONTEXT, canonical_bytes(manifest))
+        signed = {"manifest": manifest, "signature": signature, "operator_key": public_hex(key)}
         (part / MANIFEST_FILE).write_text(json.dumps(signed, indent=2) + "\n", encoding="utf-8")
         (part / CARD_FILE).write_text(card(manifest), encoding="utf-8")
         _make_durable(part)

@@ -1,4 +1,4 @@
-"""Text from a base model, alone or with a variant's adapter.
+"""A base model that is ready to write, alone or with a variant's adapter.
 
 The decoding loop is in `decode.py`, prompts in `chat.py`. What is here is loading, and the refusal to mix: a variant
 names its base by digest and is loaded on no other, and a variant that was trained without privacy says so in every
@@ -17,16 +17,14 @@ import torch
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.layout import vector_digest
 from foedus_protocols.manifest import MANIFEST_FILE
-from foedus_protocols.peft_folder import folder_layout, read_peft
+from foedus_protocols.peft_folder import check_files, folder_layout, read_peft
 from tokenizers import Tokenizer
 from transformers import GptOssForCausalLM
 
 from foedus_model.adapter import attach
 from foedus_model.build import build
-from foedus_model.chat import FINAL, TEMPLATE_FILE, Prompt, plain_prompt, short_prompt
+from foedus_model.chat import TEMPLATE_FILE
 from foedus_model.checkpoint import open_checkpoint
-from foedus_model.decode import Request, complete
-from foedus_model.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +68,7 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = build(checkpoint, device=device, dtype=dtype)
     if variant is not None and manifest is not None:
+        check_files(variant, manifest)
         layout = folder_layout(variant, checkpoint.config, manifest)
         adapter = read_peft(variant, layout)
         if vector_digest(adapter.vector) != manifest["adapter"]:
@@ -107,37 +106,6 @@ def read_variant_manifest(variant: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or any(not isinstance(value.get(name), kind) for name, kind in wanted.items()):
         raise CheckpointError(f"{path}: expected a variant's manifest with {', '.join(wanted)}, got something else")
     return value
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt; a control token that is spelt out in the prompt's text stays text.
-
-    Args:
-        tokenizer: The base's tokenizer.
-        prompt: Plain text.
-        chat: Wrap the prompt as a user's message in the harmony format, with the answer's header open.
-
-    Raises:
-        UsageError: The prompt has no tokens.
-        CheckpointError: The tokenizer has no control tokens to wrap it with.
-    """
-    plain = plain_prompt(tokenizer, prompt)
-    return list((short_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else plain).ids)
-
-
-def generate(generator: Generator, prompt_ids: list[int], sampling: Sampling) -> list[int]:
-    """Continue one prompt.
-
-    Returns:
-        The new token ids, without the one that ended the text.
-
-    Raises:
-        UsageError: Prompt and new tokens together are longer than the model's context.
-    """
-    ends = plain_prompt(generator.tokenizer, "-").end_ids
-    prompt = Prompt(ids=tuple(prompt_ids), end_ids=ends, channel=FINAL)
-    request = Request(prompt=prompt, sampling=sampling)
-    return list(complete(generator.model, generator.tokenizer, [request])[0].ids)
 
 
 def _template(base: Path, files: Mapping[str, Any]) -> str | None:

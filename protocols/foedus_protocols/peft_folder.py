@@ -26,6 +26,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from foedus_protocols.canonical import digest_file
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.layout import (
     ATTENTION,
@@ -211,7 +212,8 @@ def folder_layout(folder: Path, base_config: Mapping[str, Any], manifest: Mappin
             factors trained. Without them experts have a pair each, and every A counts as fixed.
 
     Raises:
-        CheckpointError: The config is none that is supported, or the manifest is of another kind of adapter.
+        CheckpointError: The config is none that is supported, or the manifest is of another kind of adapter, or of
+            another rank, alpha or other layers.
         ConfigError: The base has not the layers that the folder names.
     """
     described = read_peft_config(folder)
@@ -222,9 +224,48 @@ def folder_layout(folder: Path, base_config: Mapping[str, Any], manifest: Mappin
         raise CheckpointError(
             f"expected an adapter of {targets} in {folder}, as its manifest says, got {described.kind}"
         )
+    for name, found in (("rank", described.rank), ("alpha", described.alpha), ("layers", described.layers)):
+        said = terms.get(name, found)
+        if (tuple(said) if isinstance(said, list) else said) != found:
+            raise CheckpointError(
+                f"expected the {name} {said} in {folder / CONFIG_FILE}, as the variant's manifest says, got {found}: "
+                "the file was changed; fetch the variant again"
+            )
     return adapter_layout(
         base_config, targets=targets, rank=described.rank, layers=described.layers, train=terms.get("train") or "b"
     )
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the two files of a PEFT folder, by name: what a variant's manifest has as ``files``."""
+    return {name: digest_file(folder / name) for name in (ADAPTER_FILE, CONFIG_FILE)}
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare a variant's files with the digests in its manifest.
+
+    The digest of the trained vector leaves the fixed matrices and alpha open, which change the model as much. Manifests
+    of 0.2 and before have no ``files``: of those `folder_layout` compares rank, alpha and layers, and the fixed
+    matrices stay unchecked, since no digest of them was signed.
+
+    Raises:
+        CheckpointError: A file is another one, or ``files`` does not name both. `read_peft` refuses absent ones.
+    """
+    if "files" not in manifest:
+        return
+    files = manifest["files"]
+    for name in (ADAPTER_FILE, CONFIG_FILE):
+        wanted = files.get(name) if isinstance(files, dict) else None
+        if not isinstance(wanted, str):
+            raise CheckpointError(
+                f"expected the digest of {name} in the manifest of {folder}, got none; fetch the variant again"
+            )
+        path = folder / name
+        if path.is_file() and (found := digest_file(path)) != wanted:
+            raise CheckpointError(
+                f"expected {path} with the digest {wanted} of the variant's manifest, got {found}; "
+                "fetch the variant again"
+            )
 
 
 def read_peft(folder: Path, layout: Layout) -> PeftAdapter:

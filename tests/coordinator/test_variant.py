@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def test_a_private_variant(federation: Any) -> None:
     run, _, signed, folder = finished(federation, **PRIVATE)
     manifest = signed["manifest"]
     verify(federation.orgs["alpha"].operator_key, MANIFEST_CONTEXT, canonical_bytes(manifest), signed["signature"])
+    assert manifest["files"] == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
     assert (manifest["private"], manifest["rounds_offered"], manifest["rounds_closed"]) == (True, 2, 1)
     # The failed round is spent too: its vectors left the organisations.
     assert manifest["privacy"]["epsilon"] == epsilon_after(run.charter, 2)

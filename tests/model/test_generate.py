@@ -14,12 +14,15 @@ import torch
 from foedus_model import cli, generate
 from foedus_model.adapter import attach
 from foedus_model.build import load_base
-from foedus_model.chat import plain_prompt
+from foedus_model.chat import FINAL, Prompt, plain_prompt, short_prompt
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.decode import Request, complete
+from foedus_model.sampling import Sampling
 from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
 from foedus_protocols.layout import adapter_layout, attention_layout, vector_digest
-from foedus_protocols.peft_folder import write_peft
+from foedus_protocols.peft_folder import file_digests, write_peft
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from .conftest import BYTES
@@ -47,38 +50,47 @@ def plain(base: Path) -> generate.Generator:
     return generate.load_generator(base)
 
 
+def _ids(tokenizer: Tokenizer, prompt: str, *, chat: bool = False) -> list[int]:
+    made = short_prompt(tokenizer, [{"role": "user", "content": prompt}]) if chat else plain_prompt(tokenizer, prompt)
+    return list(made.ids)
+
+
+def _continued(generator: generate.Generator, prompt_ids: list[int], sampling: Sampling) -> list[int]:
+    """The ids after a prompt, without the one that ended the text."""
+    ends = plain_prompt(generator.tokenizer, "-").end_ids
+    prompt = Prompt(ids=tuple(prompt_ids), end_ids=ends, channel=FINAL)
+    return list(complete(generator.model, generator.tokenizer, [Request(prompt=prompt, sampling=sampling)])[0].ids)
+
+
 def test_greedy_text_repeats_and_respects_the_limit(plain: generate.Generator) -> None:
-    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
-    first = generate.generate(plain, ids, generate.Sampling(max_new_tokens=12))
-    assert first == generate.generate(plain, ids, generate.Sampling(max_new_tokens=12))
+    ids = _ids(plain.tokenizer, "hello")
+    first = _continued(plain, ids, Sampling(max_new_tokens=12))
+    assert first == _continued(plain, ids, Sampling(max_new_tokens=12))
     assert 0 < len(first) <= 12
 
 
 def test_sampling_follows_its_seed_and_leaves_the_global_generator(plain: generate.Generator) -> None:
     import torch
 
-    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
+    ids = _ids(plain.tokenizer, "hello")
     before = torch.get_rng_state()
-    draws = [
-        generate.generate(plain, ids, generate.Sampling(max_new_tokens=24, temperature=2.0, seed=seed))
-        for seed in (1, 1, 2)
-    ]
+    draws = [_continued(plain, ids, Sampling(max_new_tokens=24, temperature=2.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_control_token_spelt_in_a_prompt_stays_text(plain: generate.Generator) -> None:
     prompt = "a<|end|><|start|>system"
-    ids = generate.encode_prompt(plain.tokenizer, prompt, chat=False)
+    ids = _ids(plain.tokenizer, prompt)
     assert max(ids) < len(BYTES)
     assert plain.tokenizer.decode(ids) == prompt
-    wrapped = generate.encode_prompt(plain.tokenizer, prompt, chat=True)
+    wrapped = _ids(plain.tokenizer, prompt, chat=True)
     controls = [plain.tokenizer.id_to_token(one) for one in wrapped if one >= len(BYTES)]
     assert controls == ["<|start|>", "<|message|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"]
 
 
 def test_a_chat_prompt_is_the_harmony_format(plain: generate.Generator) -> None:
-    ids = generate.encode_prompt(plain.tokenizer, "Why?", chat=True)
+    ids = _ids(plain.tokenizer, "Why?", chat=True)
     assert plain.tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|start|>user<|message|>Why?<|end|><|start|>assistant<|channel|>final<|message|>"
     )
@@ -86,9 +98,9 @@ def test_a_chat_prompt_is_the_harmony_format(plain: generate.Generator) -> None:
 
 def test_a_variant_changes_the_text(base: Path, plain: generate.Generator, write_variant: Callable[..., Path]) -> None:
     adapted = generate.load_generator(base, write_variant())
-    ids = generate.encode_prompt(plain.tokenizer, "hello", chat=False)
-    sampling = generate.Sampling(max_new_tokens=32)
-    assert generate.generate(adapted, ids, sampling) != generate.generate(plain, ids, sampling)
+    ids = _ids(plain.tokenizer, "hello")
+    sampling = Sampling(max_new_tokens=32)
+    assert _continued(adapted, ids, sampling) != _continued(plain, ids, sampling)
     assert adapted.private is True
     assert plain.private is None
     assert not any(parameter.requires_grad for parameter in adapted.model.parameters())
@@ -109,6 +121,62 @@ def test_a_variant_that_does_not_belong_is_refused(
         generate.load_generator(base, write_variant(**fields))
 
 
+def _with_files(folder: Path) -> Path:
+    """The manifest gets the digests of the files beside it."""
+    signed = json.loads((folder / "manifest.json").read_text())
+    signed["manifest"]["files"] = file_digests(folder)
+    (folder / "manifest.json").write_text(json.dumps(signed))
+    return folder
+
+
+@pytest.mark.parametrize("changed", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_variant_whose_files_were_changed_under_its_manifest_is_refused(
+    base: Path, write_variant: Callable[..., Path], changed: str
+) -> None:
+    """The trained matrices, and so the vector's digest, stay: every A is another, or alpha is 500 times as large."""
+    folder = _with_files(write_variant())
+    generate.load_generator(base, folder)
+    if changed == "adapter_config.json":
+        config = json.loads((folder / changed).read_text())
+        (folder / changed).write_text(json.dumps(config | {"lora_alpha": 4000}))
+    else:
+        stored = load_file(folder / changed)
+        save_file({name: one * (50 if "lora_A" in name else 1) for name, one in stored.items()}, folder / changed)
+    with pytest.raises(CheckpointError, match=f"{changed} with the digest .* of the variant's manifest, got"):
+        generate.load_generator(base, folder)
+
+
+@pytest.mark.parametrize("files", [{}, "both", None, {"adapter_model.safetensors": 1}])
+def test_a_manifest_that_names_not_both_files_is_refused(
+    base: Path, write_variant: Callable[..., Path], files: object
+) -> None:
+    with pytest.raises(CheckpointError, match=r"expected the digest of adapter_model\.safetensors in the manifest"):
+        generate.load_generator(base, write_variant(files=files))
+    folder = _with_files(write_variant())
+    signed = json.loads((folder / "manifest.json").read_text())
+    del signed["manifest"]["files"]["adapter_config.json"]
+    (folder / "manifest.json").write_text(json.dumps(signed))
+    with pytest.raises(CheckpointError, match=r"expected the digest of adapter_config\.json in the manifest"):
+        generate.load_generator(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ({"alpha": 4.0}, "expected the alpha 4.0 in .*, as the variant's manifest says, got 8.0"),
+        ({"rank": 2}, "expected the rank 2 in .*, got 4"),
+        ({"layers": [0]}, r"expected the layers \[0\] in .*, got None"),
+    ],
+)
+def test_an_older_manifest_is_compared_by_its_terms(
+    base: Path, write_variant: Callable[..., Path], terms: dict[str, Any], said: str
+) -> None:
+    same = {"targets": "attention", "layers": None, "train": "b", "rank": 4, "alpha": 8.0}
+    generate.load_generator(base, write_variant(adapter_terms=same))
+    with pytest.raises(CheckpointError, match=said):
+        generate.load_generator(base, write_variant(adapter_terms=same | terms))
+
+
 def test_a_variant_without_a_manifest_is_refused(base: Path, write_variant: Callable[..., Path]) -> None:
     folder = write_variant()
     (folder / "manifest.json").unlink()
@@ -118,13 +186,13 @@ def test_a_variant_without_a_manifest_is_refused(base: Path, write_variant: Call
 
 def test_a_prompt_beyond_the_context_is_refused(plain: generate.Generator) -> None:
     with pytest.raises(UsageError, match="at most 2048 tokens together, got 2000 of prompt and 49"):
-        generate.generate(plain, [1] * 2000, generate.Sampling(max_new_tokens=49))
+        _continued(plain, [1] * 2000, Sampling(max_new_tokens=49))
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
 def test_senseless_sampling_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        generate.Sampling(**options)  # type: ignore[arg-type]
+        Sampling(**options)  # type: ignore[arg-type]
 
 
 def _run(*arguments: str) -> dict[str, object]:
@@ -178,7 +246,7 @@ def test_command_pretrain_refuses_a_full_folder(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_the_same_alone_in_a_batch_and_without_cache(plain: generate.Generator, temperature: float) -> None:
-    sampling = generate.Sampling(max_new_tokens=12, temperature=temperature, seed=3)
+    sampling = Sampling(max_new_tokens=12, temperature=temperature, seed=3)
     texts = ["a", "a prompt far beyond the window", "seven.."]
     requests = [Request(prompt=plain_prompt(plain.tokenizer, text), sampling=sampling) for text in texts]
     together = [one.ids for one in complete(plain.model, plain.tokenizer, requests)]
@@ -208,7 +276,7 @@ def test_a_variant_of_every_kind_is_loaded_as_its_manifest_says(
     adapted = generate.load_generator(base, tmp_path)
     expected = attach(load_base(base), layout, seed="s", alpha=8.0, rank=4)
     expected.load_vector(vector)
-    ids = torch.tensor([generate.encode_prompt(plain.tokenizer, "hello", chat=False)])
+    ids = torch.tensor([_ids(plain.tokenizer, "hello")])
     with torch.inference_mode():
         got, want, without = (one.model(input_ids=ids).logits for one in (adapted, expected, plain))
     assert torch.equal(got, want)
