@@ -1,9 +1,11 @@
 """What a federation is worth to its members: base, each organisation alone, all data pooled, and the federation.
 
-Every row is measured on the same held-out units of all organisations (none of which anybody trains on) and of each
-organisation apart. Whoever trains alone keeps its own terms of the charter: its sampling, its noise, the rounds and the
-rule. *Pooled* is one organisation that holds everything, with the sum of all expected units, and noise for the same
-promise: what nobody may do, and the bound to come near to.
+Every row is measured on the same held-out units of all organisations and of each organisation apart. Nobody trains on
+any of them: a unit that one organisation holds out and another trains on is left out, and counted (`overlap.py`).
+
+Whoever trains alone keeps its own terms of the charter: its sampling, its noise, the rounds and the rule. *Pooled* is
+one organisation that holds everything, with the sum of all expected units, and noise for the same promise: what nobody
+may do, and the bound to come near to.
 
 The rows *alone* and *pooled* are trained here and thrown away. Where noise was added, each of them would cost the same
 epsilon once more if anybody released it.
@@ -28,13 +30,15 @@ from foedus_client.session import Session, default_device
 from foedus_client.work import Setup, StepTermsTask, TrainTask
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
+from foedus_model.generate import read_variant_manifest
 from foedus_protocols import accounting, rules
 from foedus_protocols.charter import Charter, less_slack, noise_slack
 from foedus_protocols.layout import Vector
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
-from foedus_protocols.peft_folder import read_peft
+from foedus_protocols.peft_folder import check_files, read_peft
 
 from foedus_local.federation import Organisation
+from foedus_local.overlap import trained_elsewhere
 from foedus_local.plan import power_of_two
 
 BASE, POOLED, FEDERATION = "base", "pooled", "federation"
@@ -75,13 +79,19 @@ def compare(
         say: Takes a line of progress.
 
     Returns:
-        `evaluate.report`, with ``by_organisation``: each one's own held-out loss under every row.
+        `evaluate.report`, with ``by_organisation``: each one's own held-out loss under every row, and
+        ``trained_elsewhere``: how many held-out units and questions were left out, since another one trains on them.
+
+    Raises:
+        CheckpointError: The variant's files are not its manifest's.
+        DataError: No held-out unit is left.
     """
+    check_files(variant, read_variant_manifest(variant))
     layout = charter.adapter.layout(read_config(base))
     model = load_base(base, expect_digest=charter.base, device=default_device())
     adapter = attach(model, layout, seed=charter.adapter.seed, alpha=charter.adapter.alpha, rank=charter.adapter.rank)
     held = {one.org: _dataset(one, charter, base) for one in organisations}
-    material = _material(charter, organisations, held, base)
+    material, left_out = _material(charter, organisations, held, base)
     parties = [_party(charter, org, data) for org, data in held.items()]
     start = charter.adapter.start(lambda: read_config(base))
     measured: dict[str, Measured] = {}
@@ -100,6 +110,7 @@ def compare(
     put(FEDERATION, read_peft(variant, layout).vector)
     return {
         **report(measured, material, seed=seed),
+        "trained_elsewhere": left_out,
         "by_organisation": {org: _own(measured, material.of_group(org), seed) for org in held},
         "private": charter.private,
         "epsilon": charter.privacy.epsilon,
@@ -120,23 +131,32 @@ def _dataset(one: Organisation, charter: Charter, base: Path) -> Dataset:
 
 def _material(
     charter: Charter, organisations: Sequence[Organisation], held: Mapping[str, Dataset], base: Path
-) -> Material:
-    """Held-out units and questions of everybody, at most the charter's number of records of each."""
+) -> tuple[Material, dict[str, int]]:
+    """Held-out units and questions of everybody, at most the charter's number of records of each; and those left out.
+
+    Guarantees:
+        No organisation's training units hold a unit of the material.
+    """
     most, max_tokens = charter.evaluation.max_records, charter.recipe.max_tokens
     harmony = Harmony.from_file(base / TOKENIZER_FILE)
     material = Material()
     asked: list[tuple[str, Questions]] = []
+    shared, left_out = trained_elsewhere(organisations, held), {"units": 0, "questions": 0}
     for one in organisations:
-        material.add_units(one.org, held[one.org].heldout, most)
+        fair = [unit for unit in held[one.org].heldout if unit.key_hash not in shared[one.org]]
+        left_out["units"] += len(held[one.org].heldout) - len(fair)
+        material.add_units(one.org, fair, most)
         for found in read_questions([one.file], units=one.unit, split_key=one.split_key):
-            kept = tuple(question for question in found.asked if is_held_out(question.key_hash))
+            out = [question for question in found.asked if is_held_out(question.key_hash)]
+            kept = tuple(question for question in out if question.key_hash not in shared[one.org])
+            left_out["questions"] += len(out) - len(kept)
             asked.append((one.org, replace(found, asked=kept)))
     for org, found in asked:
         # One set of options for everybody, whichever of them an organisation's own rows happen to have.
         options = sorted({option for _, other in asked if other.field == found.field for option in other.options})
         if found.asked:
             material.add_questions(org, found, harmony, options=tuple(options), max_tokens=max_tokens, most=most)
-    return material
+    return material, left_out
 
 
 def _party(charter: Charter, org: str, data: Dataset) -> Party:

@@ -48,6 +48,8 @@ def show_comparison(result: dict[str, Any], console: Console) -> None:
 
     console.print("\nHeld-out units of all organisations:")
     evaluate.show(result, console)
+    if left_out := result["trained_elsewhere"]["units"]:
+        console.print(f"{left_out} held-out units are not among them: another organisation trains on them.")
     rows = list(result["models"])
     common = [name for name in rows if not name.startswith("alone: ")]
     table = Table("own held-out loss", *common, "alone", box=None)

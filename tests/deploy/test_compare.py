@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foedus_client.datasets.units import is_held_out, key_hash
 from foedus_client.session import Session
 from foedus_client.work import Setup, TrainTask
 from foedus_local import compare as module
@@ -20,9 +21,11 @@ from foedus_model.presets import TINY
 from foedus_protocols import accounting
 from foedus_protocols.charter import Charter, delta_for_accountant
 from foedus_protocols.charter_draft import draft
+from foedus_protocols.errors import CheckpointError
 from foedus_protocols.identity import generate_signing_key, public_hex
+from foedus_protocols.layout import vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
-from foedus_protocols.peft_folder import write_peft
+from foedus_protocols.peft_folder import file_digests, write_peft
 from rich.console import Console
 
 ROLES = ("Facts", "Ratio", "Statute")
@@ -65,6 +68,9 @@ def _variant(charter: Charter, folder: Path, vector: np.ndarray[Any, Any]) -> Pa
         alpha=adapter.alpha,
         base_name="tiny",
     )
+    manifest = {"base": charter.base, "adapter": vector_digest(vector), "private": charter.private}
+    manifest |= {"files": file_digests(folder)}
+    (folder / "manifest.json").write_text(json.dumps({"manifest": manifest, "signature": ""}))
     return folder
 
 
@@ -124,3 +130,47 @@ def test_private_arms_keep_the_charters_promise(
     shown = io.StringIO()
     show_comparison(result, Console(file=shown, width=250))
     assert "to release one costs its epsilon again" in shown.getvalue()
+
+
+def test_what_one_holds_out_and_another_trains_on_is_left_out(
+    tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty cases lie in both files, spelt in two ways; five and ten in one alone."""
+    folder = tmp_path / "courts"
+    folder.mkdir()
+    cases = {"north": range(25), "south": [*range(20), *range(30, 40)]}
+    for org, numbers in cases.items():
+        rows = [
+            {"case": str(number) if org == "north" else number, "role": ROLES[number % 3], "text": f"Claim {number}."}
+            for number in numbers
+        ]
+        (folder / f"{org}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = plan_data(folder, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    monkeypatch.setattr(module, "Session", _Noting)
+    _Noting.asked.clear()
+    result = _compare(plan, _charter(plan), tmp_path)
+    held = {
+        one.org: {n for n in cases[one.org] if is_held_out(key_hash(one.split_key, str(n)))}
+        for one in plan.organisations
+    }
+    trained = {org: set(cases[org]) - held[org] for org in cases}
+    out = {"north": held["north"] & trained["south"], "south": held["south"] & trained["north"]}
+    count = sum(map(len, out.values()))
+    assert count > 2
+    assert result["trained_elsewhere"] == {"units": count, "questions": count}
+    assert result["units"] == sum(map(len, held.values())) - count > 0
+    assert result["tasks"]["role"]["questions"] == result["units"]
+    assert [len(data.train) for data, _, _ in _Noting.asked[:2]] == [len(trained["north"]), len(trained["south"])]
+    shown = io.StringIO()
+    show_comparison(result, Console(file=shown, width=250))
+    assert f"{count} held-out units are not among them" in shown.getvalue()
+
+
+def test_a_variant_that_is_not_its_manifests_is_refused(data: Path, tmp_path: Path, make_terms: Any) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    charter = _charter(plan)
+    folder = _variant(charter, tmp_path / "variant", np.zeros(charter.adapter.length, np.float32))
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": ', '"lora_alpha": 4'))
+    with pytest.raises(CheckpointError, match="with the digest"):
+        compare(charter, plan.organisations, folder, TINY, folder=tmp_path, seed=0, say=lambda _: None)
