@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from foedus_kernels.weights import pick
 
@@ -136,7 +137,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch
     _check_stored(codes, scales)
     if dtype not in _DTYPES:
         raise ValueError(f"NF4 decodes to float32, bfloat16 and float64, not to {dtype}")
-    return _decoder(dtype, codes.device.type)(codes, scales, dtype)
+    chosen = decode_torch if _has_no_values(codes) else _decoder(dtype, codes.device.type)
+    return chosen(codes, scales, dtype)
 
 
 def decode_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -144,7 +146,9 @@ def decode_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype =
     if codes.storage_offset() % 2:
         codes = codes.clone()  # A memory-mapped tensor may start at an odd byte.
     words = codes.contiguous().view(torch.uint16).reshape(-1).to(torch.int32)
-    values = _quad_table(codes.device).index_select(0, words).view(torch.float32).view(*scales.shape, GROUP)
+    # A table is kept for later calls, and one of a fake tensor's would be of no use to them.
+    table = codes.new_empty(1 << 16, dtype=torch.complex128) if _has_no_values(codes) else _quad_table(codes.device)
+    values = table.index_select(0, words).view(torch.float32).view(*scales.shape, GROUP)
     return values.mul_(scales.unsqueeze(-1)).flatten(-2).to(dtype)  # (..., K)
 
 
@@ -165,6 +169,11 @@ def _decoder(dtype: torch.dtype, device: str) -> _Decoder:
     scales = torch.logspace(-20, 10, codes.shape[0], device=device).unsqueeze(-1)  # (16, 1)
     same = torch.equal(_decode_library(codes, scales, dtype), decode_torch(codes, scales, dtype))
     return _decode_library if same else decode_torch
+
+
+def _has_no_values(codes: torch.Tensor) -> bool:
+    """Whether a tensor has a shape alone, so that bitsandbytes' bits cannot be compared on its device."""
+    return codes.is_meta or is_fake(codes)
 
 
 def _decode_library(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

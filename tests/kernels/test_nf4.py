@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from foedus_kernels import nf4
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # The code book of the paper's appendix E, written out a second time on purpose.
 BOOK = [
@@ -132,6 +133,22 @@ def test_a_tensor_that_starts_at_an_odd_byte_decodes_alike() -> None:
     odd = storage[1:].view(4, 32)
     for decode in (nf4.decode, nf4.decode_torch):
         assert torch.equal(decode(odd, scales), decode(odd.clone(), scales))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_tensors_without_values_decode_to_a_shape_and_leave_nothing_behind(dtype: torch.dtype) -> None:
+    codes, scales = nf4.encode(_weights(2, 40, 128))
+    want = nf4.decode_torch(codes, scales, dtype)
+    nf4._decoder.cache_clear()
+    nf4._quad_table.cache_clear()
+    with FakeTensorMode() as mode:
+        fake = nf4.decode(mode.from_tensor(codes), mode.from_tensor(scales), dtype)
+    outside = nf4.decode(mode.from_tensor(codes), mode.from_tensor(scales), dtype)
+    meta = nf4.decode(codes.to("meta"), scales.to("meta"), dtype)
+    for got in (fake, outside, meta):
+        assert (got.shape, got.dtype) == (want.shape, dtype)
+    assert (fake.device.type, outside.device.type, meta.device.type) == ("cpu", "cpu", "meta")
+    assert torch.equal(nf4.decode(codes, scales, dtype), want), "real tensors decode as ever afterwards"
 
 
 def test_a_stack_decodes_the_experts_it_is_asked_for() -> None:
