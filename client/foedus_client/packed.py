@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from foedus_kernels.clip import unit_gradients_torch
 from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_kernels.expert_lora import ExpertLora
-from foedus_model.adapter import DenseExperts
-from foedus_model.experts import QuantisedExperts
+from foedus_model.experts import RoutedExperts
 from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -106,7 +105,7 @@ def _per_unit(adapter: Adapter, units: int) -> Iterator[list[torch.Tensor]]:
             placed.update(id(one) for one in module.parameters(recurse=False))
 
         for module in adapter.model.modules():
-            if isinstance(module, QuantisedExperts | DenseExperts):
+            if isinstance(module, RoutedExperts):
                 module.row_multiple = _ROW_MULTIPLE
                 stack.callback(setattr, module, "row_multiple", 1)
                 if module.lora is not None:

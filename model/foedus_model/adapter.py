@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from foedus_kernels.expert_lora import ExpertLora
-from foedus_kernels.experts import Gate, PackedExperts, experts_torch
+from foedus_kernels.experts import Gate, PackedExperts
 from foedus_kernels.weights import DenseWeights
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.layout import EXPERTS, Layout, Tensor, Vector, fixed_tensors, initial_vector, unflatten
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from foedus_model.experts import QuantisedExperts
+from foedus_model.experts import RoutedExperts
 from foedus_model.linear import QuantisedLinear
 
 _PREFIX = "base_model.model."
@@ -92,20 +92,12 @@ class ExpertLoraModule(nn.Module):
         return ExpertLora(self.gate_up_proj_A, self.gate_up_proj_B, self.down_proj_A, self.down_proj_B, self.scale)
 
 
-class DenseExperts(nn.Module):
-    """transformers' dense experts with room for an adapter: the same parameters under the same names.
-
-    Attributes:
-        lora: A module whose call returns the layer's `ExpertLora`, or None.
-        row_multiple: As `experts_torch` takes it.
-    """
+class DenseExperts(RoutedExperts):
+    """transformers' dense experts with room for an adapter: the same parameters under the same names."""
 
     def __init__(self, base: GptOssExperts) -> None:
         """Take over the parameters of `base`."""
-        super().__init__()
-        self.gate = Gate(alpha=base.alpha, limit=base.limit)
-        self.lora: nn.Module | None = None
-        self.row_multiple = 1
+        super().__init__(Gate(alpha=base.alpha, limit=base.limit))
         self.gate_up_proj, self.gate_up_proj_bias = base.gate_up_proj, base.gate_up_proj_bias  # (E, K, 2N), (E, 2N)
         self.down_proj, self.down_proj_bias = base.down_proj, base.down_proj_bias  # (E, N, K), (E, K)
 
@@ -113,16 +105,6 @@ class DenseExperts(nn.Module):
         """The layer's frozen matrices, as the kernels take them."""
         gate_up, down = (DenseWeights(matrix.mT) for matrix in (self.gate_up_proj, self.down_proj))
         return PackedExperts(gate_up, self.gate_up_proj_bias, down, self.down_proj_bias)
-
-    def forward(
-        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
-        lora: ExpertLora | None = self.lora() if self.lora is not None else None
-        return experts_torch(
-            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
-            row_multiple=self.row_multiple,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -262,7 +244,7 @@ def _adapted(
     stack = next((tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) == 3), None)
     if stack is None and isinstance(module, nn.Linear | QuantisedLinear):
         return LoraLinear(module, rank, scale)
-    if stack is not None and isinstance(module, QuantisedExperts | DenseExperts | GptOssExperts):
+    if stack is not None and isinstance(module, RoutedExperts | GptOssExperts):
         if getattr(module, "lora", None) is not None:
             raise CheckpointError(
                 f"expected {path} without an adapter, it already holds an adapter: load the base afresh"

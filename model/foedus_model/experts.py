@@ -1,7 +1,8 @@
 """The experts module of a quantised gpt-oss: stored codes as buffers, in place of transformers' `GptOssExperts`.
 
-The buffers carry the names of the checkpoint, so that loading is an assignment. Nothing here is trainable and nothing
-decoded outlives a call. A dense checkpoint keeps transformers' module, whose matrices lie the other way round.
+`RoutedExperts` is what every layer of experts of ours does, over whatever matrices it holds (`adapter.DenseExperts` is
+the other). The quantised one's buffers carry the names of the checkpoint, so that loading is an assignment. Nothing
+here is trainable and nothing decoded outlives a call. A dense checkpoint without an adapter keeps transformers' module.
 """
 
 from __future__ import annotations
@@ -17,13 +18,38 @@ from torch import nn
 from foedus_model.codecs import codec
 
 
-class QuantisedExperts(nn.Module):
-    """Routed experts over quantised weights, with the call signature of transformers' module.
+class RoutedExperts(nn.Module):
+    """Experts over frozen matrices, with the call signature of transformers' module.
 
     Attributes:
         lora: A module whose call returns the layer's `ExpertLora`, or None.
         row_multiple: As `experts_torch` takes it: 16 where several units share a forward, else 1.
     """
+
+    def __init__(self, gate: Gate) -> None:
+        """Without an adapter yet."""
+        super().__init__()
+        self.gate = gate
+        self.lora: nn.Module | None = None
+        self.row_multiple = 1
+
+    def packed(self) -> PackedExperts:
+        """The layer's frozen matrices, as the kernels take them."""
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
+        lora: ExpertLora | None = self.lora() if self.lora is not None else None
+        return experts_torch(
+            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
+            row_multiple=self.row_multiple,
+        )
+
+
+class QuantisedExperts(RoutedExperts):
+    """Experts over quantised weights."""
 
     def __init__(self, config: Any, quantisation: str) -> None:
         """Make empty buffers of the configuration's shapes.
@@ -35,11 +61,8 @@ class QuantisedExperts(nn.Module):
         Raises:
             CheckpointError: Another quantisation, or a width that is not a multiple of its group.
         """
-        super().__init__()
+        super().__init__(Gate(alpha=config.swiglu_alpha, limit=config.swiglu_limit))
         self._codec = codec(quantisation)
-        self.gate = Gate(alpha=config.swiglu_alpha, limit=config.swiglu_limit)
-        self.lora: nn.Module | None = None
-        self.row_multiple = 1
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         for name, outs, ins in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
             for stored, tensor in self._codec.empty(name, (experts, outs, ins)).items():
@@ -50,16 +73,6 @@ class QuantisedExperts(nn.Module):
         """The layer's frozen matrices, as the kernels take them."""
         return PackedExperts(
             self._weights("gate_up_proj"), self.gate_up_proj_bias, self._weights("down_proj"), self.down_proj_bias
-        )
-
-    def forward(
-        self, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
-        lora: ExpertLora | None = self.lora() if self.lora is not None else None
-        return experts_torch(
-            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
-            row_multiple=self.row_multiple,
         )
 
     def _weights(self, name: str) -> ExpertWeights:
