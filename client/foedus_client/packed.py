@@ -30,13 +30,14 @@ from foedus_kernels.clip import unit_gradients_torch
 from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_model.experts import RoutedExperts
+from foedus_model.loss import Record, batch_of
 from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from foedus_client.noise import RandomBytes
-from foedus_client.training import Adapter, Record, batch_of, unit_gradient
+from foedus_client.training import Adapter, unit_gradient
 
 _LOG = logging.getLogger("foedus.client")
 

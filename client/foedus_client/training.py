@@ -3,8 +3,7 @@
 One unit a forward, so that what autograd returns *is* the unit's gradient and no unit's arithmetic depends on who
 shares its batch. A unit's loss comes from its own answer tokens alone: the mean over its records of each record's mean
 token loss. (The library's `labels=` loss is a mean over the batch's tokens; removing one record moved a clipped sum by
-up to 8 clips.) A unit's records are one right-padded batch: attention is causal and padding comes last, so no token of
-a record sees it, and padding has no loss.
+up to 8 clips.) A unit's records are one right-padded batch (`foedus_model.loss`).
 
 A private run may take several units of one length in one forward where that was shown to change no bit of any unit's
 gradient (`packed.py`); here that is a `Packing`, passed in.
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from foedus_kernels.cross_entropy import cross_entropy_torch
+from foedus_model.loss import Record, batch_of, token_losses
 from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
 from numpy.typing import NDArray
 from torch import nn
@@ -38,18 +37,6 @@ from foedus_client.privacy import (
     poisson_sample,
     release_vector,
 )
-
-
-class Record(Protocol):
-    """One example: tokens, and which of them are answer tokens that the model should predict."""
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """int32 (T,)."""
-
-    @property
-    def loss_mask(self) -> NDArray[np.bool_]:
-        """bool (T,): True where the token carries loss. The first token has no context and never does."""
 
 
 class Unit(Protocol):
@@ -227,37 +214,6 @@ def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.flo
     gradients = torch.autograd.grad((losses * shares).sum(), adapter.trained)
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])  # (d,)
     return flat.cpu().numpy()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Right-padded records: tokens, and where their answers are."""
-
-    tokens: torch.Tensor  # int64 (B, T)
-    answers: torch.Tensor  # bool (B, T - 1): position t predicts an answer token at t + 1
-
-
-def batch_of(records: Sequence[Record], device: torch.device) -> Batch | None:
-    """Right-padded records, or None where none of them has an answer token."""
-    longest = max((len(record.tokens) for record in records), default=0)
-    if longest < 2:
-        return None
-    tokens = np.zeros((len(records), longest), np.int64)
-    answers = np.zeros((len(records), longest - 1), np.bool_)
-    for row, record in enumerate(records):
-        tokens[row, : len(record.tokens)] = record.tokens
-        answers[row, : max(0, len(record.tokens) - 1)] = record.loss_mask[1:]
-    if not answers.any():
-        return None
-    return Batch(tokens=torch.from_numpy(tokens).to(device), answers=torch.from_numpy(answers).to(device))
-
-
-def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each answer token in nats, and its record. Logits are made at these only, some rows a time."""
-    hidden = model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state  # (B, T, K)
-    targets = batch.tokens[:, 1:][batch.answers]  # (N,)
-    losses = cross_entropy_torch(hidden[:, :-1][batch.answers], model.lm_head.weight, targets)  # (N,)
-    return losses, torch.nonzero(batch.answers)[:, 0]
 
 
 def score(adapter: Adapter, units: Sequence[Unit], max_records: int) -> tuple[float, int, int]:

@@ -11,26 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from foedus_model.loss import Record, batch_of, token_losses
+
 _BATCH_TOKENS = 4096
-
-
-class Row(Protocol):
-    """Tokens, and which of them are predicted."""
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """int32 (T,)."""
-
-    @property
-    def loss_mask(self) -> NDArray[np.bool_]:
-        """bool (T,); the first token has no context and never is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +35,7 @@ class RowLosses:
     tokens: NDArray[np.int64]
 
 
-def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int = _BATCH_TOKENS) -> RowLosses:
+def row_losses(model: Any, rows: Sequence[Record], *, batch_tokens: int = _BATCH_TOKENS) -> RowLosses:
     """Measure rows, those of like length together.
 
     Args:
@@ -69,18 +58,11 @@ def row_losses(model: Any, rows: Sequence[Row], *, batch_tokens: int = _BATCH_TO
 
 
 @torch.inference_mode()
-def _measure(model: Any, rows: Sequence[Row]) -> NDArray[np.float64]:
+def _measure(model: Any, rows: Sequence[Record]) -> NDArray[np.float64]:
     """One forward.  # float64 (rows,)"""
-    longest = max(len(row.tokens) for row in rows)
-    tokens = np.zeros((len(rows), longest), np.int64)
-    marked = np.zeros((len(rows), longest - 1), np.bool_)  # Position t predicts t + 1.
-    for place, row in enumerate(rows):
-        tokens[place, : len(row.tokens)] = row.tokens
-        marked[place, : len(row.tokens) - 1] = row.loss_mask[1:]
-    inputs, answers = torch.from_numpy(tokens).to(model.device), torch.from_numpy(marked).to(model.device)
-    hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, K)
-    logits = model.lm_head(hidden[:, :-1][answers]).float()  # (N, vocabulary): at predicted tokens only
-    losses = F.cross_entropy(logits, inputs[:, 1:][answers], reduction="none").double()  # (N,)
-    owners = torch.nonzero(answers)[:, 0]  # (N,)
-    sums = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(0, owners, losses)
+    batch = batch_of(rows, model.device)
+    if batch is None:
+        return np.zeros(len(rows), np.float64)
+    losses, owners = token_losses(model, batch)  # (N,), (N,)
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=losses.device).index_add_(0, owners, losses.double())
     return np.asarray(sums.cpu().numpy(), np.float64)

@@ -2,8 +2,8 @@
 
 The step itself is traced: the model is built without memory (`meta`) at its true shape, the real forward, loss and
 backward run over it, and every tensor is counted from its making to its end. So the figures follow the code (attention
-function, checkpointing, what autograd keeps) and no formula has to. Two things that run inside an operator are added by
-arithmetic: the rows that the experts' operators sort (`_inner`), and the decoded matrices.
+function, checkpointing, what autograd keeps) and no formula has to. Three things that live inside operators are
+added by arithmetic (`_inner`): the rows that the experts' sort, decoded matrices, and some rows' logits of the loss.
 
 Left out: what an allocator loses between blocks, and optimisers (a round's is the coordinator's). `DRIVER` is assumed.
 """
@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from foedus_kernels.cross_entropy import CHUNK_ELEMENTS
 from foedus_kernels.grouped import DECODE_BYTES, DECODE_BYTES_CUDA
 from foedus_protocols.errors import UsageError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import quantisation_of
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foedus_model.adapter import attach
 from foedus_model.build import empty_model, specs_of
+from foedus_model.loss import losses_at
 from foedus_model.parts import by_part
 from foedus_model.quantize import quantised_config
 from foedus_model.recompute import recompute_layers
@@ -172,9 +173,8 @@ class _Step:
         adapter = sum(one.nbytes for one in factors) + sum(one.nbytes for one in adapted.trained)
         ids = torch.zeros(1, self.tokens, dtype=torch.int64, device="meta")
         with _Count(self.decoded) as count:
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (1, T, K)
-            logits = model.lm_head(hidden[0, -self.answers - 1 : -1]).float()  # (answers, vocabulary)
-            losses = functional.cross_entropy(logits, ids[0, -self.answers :], reduction="none")
+            places = torch.arange(self.tokens - 1 - self.answers, self.tokens - 1, device="meta")  # (answers,)
+            losses = losses_at(model, ids, torch.zeros_like(places), places)
             gradients = torch.autograd.grad(losses.sum(), adapted.trained)
         return count.peak - sum(one.nbytes for one in gradients), adapter
 
@@ -220,8 +220,15 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _inner(func: Any, args: Any, decoded: int) -> int:
-    """Bytes that an operator of the experts makes and drops inside: decoded matrices, rows (S, K) and (S, N)."""
+    """Bytes that an operator makes and drops inside.
+
+    The experts': decoded matrices, rows (S, K) and (S, N). The loss': logits of t rows and their softmax, (t, V) each.
+    """
     name = func.name()
+    if name == "foedus::cross_entropy_forward":
+        hidden, words = args[0], args[1].shape[0]
+        rows = min(hidden.shape[0], max(1, CHUNK_ELEMENTS // words))
+        return 2 * rows * int(words) * max(hidden.element_size(), torch.float32.itemsize)
     if name == "foedus::experts_forward":
         hidden, ids, twice = args[0], args[2], args[5].shape[1]
     elif name == "foedus::experts_backward":

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from foedus_client import checks, privacy, training
 from foedus_client.noise import RoundedGaussian
 from foedus_client.privacy import BoundedSum, ClippedUnit, StepTerms
+from foedus_model.loss import batch_of, token_losses
 from foedus_protocols.errors import PrivacyCheckFailed
 
 # Above some units' norms and below others': both sides of the clip are exercised.
@@ -187,12 +188,12 @@ true_sample = privacy.poisson_sample
 
 def batch_mean_sum(adapter, units, *, terms, step, rng, packing=None):
     """The library's loss: a mean over the batch's tokens, times the number of units, as engines for it assume."""
-    batches = [training.batch_of(unit.records, adapter.trained[0].device) for unit in units]
+    batches = [batch_of(unit.records, adapter.trained[0].device) for unit in units]
     tokens = sum(int(batch.answers.sum()) for batch in batches)
     total = privacy.UnitSum(length=training.vector_length(adapter), l2_clip_norm=terms.l2_clip_norm, step=step)
     scales = []
     for batch in batches:
-        loss = training.token_losses(adapter.model, batch)[0].sum() * len(units) / tokens
+        loss = token_losses(adapter.model, batch)[0].sum() * len(units) / tokens
         gradients = torch.autograd.grad(loss, adapter.trained)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).numpy()
         clipped = privacy.clip_to_grid(flat, l2_clip_norm=terms.l2_clip_norm, step=step)
