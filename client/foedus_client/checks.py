@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +28,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from foedus_client.noise import RandomBytes, RoundedGaussian
 from foedus_client.privacy import BoundedSum, StepTerms, grid, squared_limit
+from foedus_client.synthetic import SyntheticUnit, synthetic_record, synthetic_units
 from foedus_client.training import (
     Adapter,
     Packing,
@@ -49,21 +50,6 @@ _COUPLING = 1e-3  # Of the clip: what removing a unit may change beyond that uni
 _ACCOUNTANTS_AGREE = 0.05
 _DROPPED_UNITS = 2
 _REACH_TOKENS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticRecord:
-    """Random tokens; the second half are answers."""
-
-    tokens: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticUnit:
-    """A unit of synthetic records."""
-
-    records: list[SyntheticRecord]
 
 
 def preflight(
@@ -116,7 +102,7 @@ def preflight(
 def _packed_move(adapter: Adapter, terms: StepTerms, packing: Packing, rng: RandomBytes) -> float:
     """`_largest_move` of units that share a forward, where not one grid unit of another may change."""
     vocabulary, longest = int(adapter.model.config.vocab_size), max(packing.lengths)
-    units = [SyntheticUnit(records=[_record(vocabulary, longest, rng)]) for _ in range(packing.units)]
+    units = [SyntheticUnit(records=[synthetic_record(vocabulary, longest, rng)]) for _ in range(packing.units)]
     return _largest_move(adapter, units, terms, rng, packing=packing, coupling=0.0)
 
 
@@ -136,18 +122,6 @@ def _largest_move(
         return clipped_sum(adapter, some, terms=terms, step=step, rng=rng, packing=packing)[0]
 
     return sensitivity_check(sum_of, units, l2_clip_norm=terms.l2_clip_norm, coupling=coupling)
-
-
-def synthetic_units(*, vocabulary: int, max_tokens: int, max_records: int, rng: RandomBytes) -> list[SyntheticUnit]:
-    """Four units of unlike size, from as large as a unit may be down to a record of eight tokens."""
-    half, quarter = max(8, max_tokens // 2), max(8, max_tokens // 4)
-    shapes = [[max_tokens] * max_records, [quarter], [half] * min(2, max_records), [8]]
-    return [SyntheticUnit(records=[_record(vocabulary, length, rng) for length in lengths]) for lengths in shapes]
-
-
-def _record(vocabulary: int, length: int, rng: RandomBytes) -> SyntheticRecord:
-    words = np.frombuffer(rng(8 * length), "<u8") % np.uint64(vocabulary)
-    return SyntheticRecord(tokens=words.astype(np.int32), loss_mask=np.arange(length) >= length // 2)
 
 
 def gradient_check(adapter: Adapter, unit: SyntheticUnit) -> NDArray[np.float32]:
@@ -182,7 +156,7 @@ def reach_check(adapter: AttachedAdapter, *, max_tokens: int, rng: RandomBytes =
         PrivacyCheckFailed: With the matrix's name, and its expert where it has one.
     """
     start = adapter.vector()
-    record = _record(int(adapter.model.config.vocab_size), max(8, min(max_tokens, _REACH_TOKENS)), rng)
+    record = synthetic_record(int(adapter.model.config.vocab_size), max(8, min(max_tokens, _REACH_TOKENS)), rng)
     trains_a = any(is_lora_a(tensor) for tensor in adapter.layout.trained())
     try:
         for group in _expert_groups(adapter):

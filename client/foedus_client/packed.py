@@ -37,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from foedus_client.noise import RandomBytes
+from foedus_client.synthetic import SyntheticRecord, synthetic_record
 from foedus_client.training import Adapter, unit_gradient
 
 _LOG = logging.getLogger("foedus.client")
@@ -210,18 +211,12 @@ def _batches(units: int) -> Iterator[list[int]]:
         yield [(index + count) % units for index in range(count)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Synthetic:
-    tokens: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-
-
-def _records(vocabulary: int, units: int, length: int, rng: RandomBytes) -> list[Record]:
-    words = np.frombuffer(rng(8 * units * length), "<u8").reshape(units, length) % np.uint64(vocabulary)
-    words = words.astype(np.int32)  # (U, T)
-    words[0] = words[0, 0]
-    masks = np.arange(length) >= np.where(np.arange(units) == units - 1, length - 1, length // 2)[:, None]
-    return [_Synthetic(tokens=tokens, loss_mask=mask) for tokens, mask in zip(words, masks, strict=True)]
+def _records(vocabulary: int, units: int, length: int, rng: RandomBytes) -> list[SyntheticRecord]:
+    """A record a unit: the first repeats one token, the last has one answer token."""
+    records = [synthetic_record(vocabulary, length, rng) for _ in range(units)]
+    records[0].tokens[:] = records[0].tokens[0]
+    records[-1].loss_mask[:-1] = False
+    return records
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from foedus_client import training
-from foedus_client.checks import SyntheticRecord, SyntheticUnit
 from foedus_client.packed import Packing, packing_for
 from foedus_client.privacy import StepTerms, grid
+from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
 from foedus_model.presets import TINY

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from foedus_client.checks import SyntheticRecord, SyntheticUnit
+from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from foedus_client import checks, training
 from foedus_client.privacy import BoundedSum, StepTerms
+from foedus_client.synthetic import synthetic_units
 from foedus_model import presets
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_protocols.errors import PrivacyCheckFailed
@@ -88,7 +89,7 @@ def test_squared_norms_beyond_64_bits_are_exact() -> None:
 
 
 def test_gradient_check_names_the_tensor_that_does_not_train(stand_in) -> None:
-    unit = checks.synthetic_units(vocabulary=96, max_tokens=16, max_records=2, rng=os.urandom)[0]
+    unit = synthetic_units(vocabulary=96, max_tokens=16, max_records=2, rng=os.urandom)[0]
     checks.gradient_check(stand_in, unit)
     layer = stand_in.model.model.layers[1].self_attn
     with torch.no_grad():
@@ -102,7 +103,7 @@ def test_gradient_check_names_the_tensor_that_does_not_train(stand_in) -> None:
 
 
 def test_synthetic_units_have_the_runs_shapes() -> None:
-    units = checks.synthetic_units(vocabulary=50, max_tokens=64, max_records=4, rng=os.urandom)
+    units = synthetic_units(vocabulary=50, max_tokens=64, max_records=4, rng=os.urandom)
     lengths = [[len(record.tokens) for record in unit.records] for unit in units]
     assert lengths == [[64] * 4, [16], [32, 32], [8]]
     for unit in units:
@@ -164,7 +165,7 @@ def test_reach_check_passes_on_every_kind_and_leaves_all_as_it_was(terms) -> Non
 def test_reach_check_needs_to_force_the_routing() -> None:
     """What the router sends nowhere near expert 5 leaves its pair without a gradient."""
     adapter = small_adapter(targets="experts", layers=[0])
-    unit = checks.synthetic_units(vocabulary=96, max_tokens=32, max_records=1, rng=os.urandom)[0]
+    unit = synthetic_units(vocabulary=96, max_tokens=32, max_records=1, rng=os.urandom)[0]
     gradient = training.unit_gradient(adapter, unit.records)
     first = adapter.layout.trained()[0]
     by_expert = gradient[: first.size].reshape(first.shape)

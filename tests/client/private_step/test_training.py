@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foedus_client import training
-from foedus_client.checks import SyntheticRecord, SyntheticUnit
 from foedus_client.noise import rounded_gaussian
 from foedus_client.privacy import SeededBytes, StepTerms
+from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
 from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
 from opacus import GradSampleModule
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foedus_client import packed, training
-from foedus_client.checks import SyntheticRecord, SyntheticUnit
 from foedus_client.packed import Packing
 from foedus_client.privacy import StepTerms
+from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
 from foedus_model.adapter import AttachedAdapter, ExpertLoraModule, attach
 from foedus_model.recompute import recompute_layers
 from foedus_protocols.layout import adapter_layout
