@@ -119,12 +119,13 @@ def test_a_neighbours_rounding_error_is_seen(
         return found + 1e-7 * (found.sum(0, keepdim=True) - found)
 
     monkeypatch.setattr(packed, "unit_gradients_torch", coupled)
-    assert packing_for(attention, units=3, max_tokens=16) is None
+    rng = np.random.default_rng(4).bytes  # Of 40 random draws 3 round to the same grid points.
+    assert packing_for(attention, units=3, max_tokens=16, rng=rng) is None
     assert "one unit a forward" in caplog.text
     forced = Packing(units=3, lengths=frozenset({16}))
     fine = replace(OPEN, l2_clip_norm=10.0)  # Above the gradients, on a grid that shows an error of this size.
     with pytest.raises(PrivacyCheckFailed, match="other change"):
-        checks._packed_move(attention, fine, forced, os.urandom)
+        checks._packed_move(attention, fine, forced, rng)
 
 
 def test_another_gradient_than_one_unit_a_forward_is_not_taken(
