@@ -308,7 +308,6 @@ from foedus_client.ledger import Ledger
 from foedus_protocols.accounting import Event
 from foedus_protocols.canonical import canonical_bytes, digest
 from foedus_protocols.errors import BudgetExhausted
-from support.ledgers import charged
 folder, letter, cap = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 ledger = Ledger(folder / "ledger.db")
 event = Event(noise_multiplier=2.0, sampling_prob=0.25, steps=4)

@@ -272,7 +272,6 @@ path = pathlib.Path(sys.argv[1])
 from foedus_client.ledger import Ledger
 from foedus_protocols.accounting import Event
 from foedus_protocols.errors import StateError
-from support.ledgers import charged
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)  # Permissions do not bind root.
