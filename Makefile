@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test e2e lint types contracts security check bench chaos study slow-link fuzz proto clean help
+.PHONY: setup demo test e2e gpu lint types contracts security check bench chaos study slow-link fuzz proto clean help
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: setup      ## unit and end-to-end tests on a CPU, then the list of what wa
 
 e2e: setup       ## only the tests that start real processes
 	$(BIN)/pytest -m e2e
+
+gpu:             ## every kernel in float32 and bfloat16 on a CUDA device, with the torch and Triton that PYTHON has
+	PYTHONPATH=kernels:protocols:model:tests $(PYTHON) -m pytest tests/kernels/device --confcutdir=tests/kernels/device -m gpu -q $(GPU_FLAGS)
 
 lint: setup      ## ruff, formatting included
 	$(BIN)/ruff check .

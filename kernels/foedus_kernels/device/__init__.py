@@ -1,0 +1,4 @@
+"""Triton device code and its launchers, one module an operator. Each equals a torch reference outside this folder.
+
+Nothing outside imports Triton: `backend.py` says whether this folder can run before anything of it is imported.
+"""
