@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from foedus_kernels.clip import segment_offsets, unit_gradients_torch
-from foedus_kernels.grouped import Routing, add_product_, multiply
+from foedus_kernels.grouped import Routing, add_product_, matmul, multiply
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class Pair(NamedTuple):
 
     def inner(self, rows: torch.Tensor, rows_of: list[int]) -> torch.Tensor:
         """``x A^T``: (S, in) -> (S, R)."""
-        return rows @ self.a[0].T if self.a.shape[0] == 1 else multiply(rows, self.a.mT, rows_of)
+        return matmul(rows, self.a[0].T) if self.a.shape[0] == 1 else multiply(rows, self.a.mT, rows_of)
 
     def add_(self, target: torch.Tensor, rows: torch.Tensor, rows_of: list[int]) -> None:
         """``target += scale * (x A^T) B^T``: (S, out)."""
@@ -101,7 +101,7 @@ class Pair(NamedTuple):
 
     def outer(self, grad: torch.Tensor, rows_of: list[int]) -> torch.Tensor:
         """``g B``: (S, out) -> (S, R), not scaled."""
-        return grad @ self.b[0] if self.b.shape[0] == 1 else multiply(grad, self.b, rows_of)
+        return matmul(grad, self.b[0]) if self.b.shape[0] == 1 else multiply(grad, self.b, rows_of)
 
     def add_adjoint_(self, target: torch.Tensor, outer: torch.Tensor, rows_of: list[int]) -> None:
         """``target += scale * (g B) A``: (S, in)."""

@@ -108,6 +108,23 @@ def test_bfloat16_is_close_to_float32() -> None:
     assert float((got.float() - want).norm() / want.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("decode_bytes", [1, 1 << 20], ids=["an-expert-at-a-time", "all-at-once"])
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_without_instructions_for_bfloat16_a_product_is_the_rounded_float32_one(
+    adjoint: bool, decode_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "DECODE_BYTES", decode_bytes)
+    monkeypatch.setattr(grouped, "_multiplies_bfloat16", lambda: False)
+    _, packed = _pair()
+    stack, rows_of = packed.gate_up, [3, 0, 1, *[0] * (packed.gate_up.shape[0] - 4), 5]
+    rows = torch.randn(9, stack.shape[1 if adjoint else 2], generator=torch.Generator().manual_seed(4)).bfloat16()
+    got = grouped.product(rows, stack, rows_of, adjoint=adjoint)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, grouped.product(rows.float(), stack, rows_of, adjoint=adjoint).bfloat16())
+    monkeypatch.setattr(grouped, "_multiplies_bfloat16", lambda: True)
+    torch.testing.assert_close(got, grouped.product(rows, stack, rows_of, adjoint=adjoint))
+
+
 def test_nothing_decoded_is_kept_for_the_backward() -> None:
     _, packed = _pair()
     hidden, ids, weights = _inputs(8, 2)
