@@ -104,16 +104,16 @@ def clipped_gradient_torch(
 
     Raises:
         ValueError: Shapes that do not fit, or a number of segments that is not a multiple of the units.
+
+    Guarantees:
+        A unit of factor 0 takes no part, whatever its rows hold: one that is not finite changes no other's sum.
     """
     bounds = _bounds(left, right, offsets)
-    units = factors.shape[0]
-    if factors.dim() != 1 or not units or (len(bounds) - 1) % units:
-        raise ValueError(
-            f"expected factors (U,) and E * U segments, got {tuple(factors.shape)} and {len(bounds) - 1} segments"
-        )
-    experts = (len(bounds) - 1) // units
+    experts, units = experts_of(offsets, factors), factors.shape[0]
     row_factors = factors.to(left.dtype).repeat(experts).repeat_interleave(offsets.diff(), output_size=left.shape[0])
-    scaled = left * row_factors.unsqueeze(1)  # (M, N)
+    taken = (row_factors != 0).unsqueeze(1)  # (M, 1)
+    scaled = torch.where(taken, left * row_factors.unsqueeze(1), 0)  # (M, N)
+    right = torch.where(taken, right, 0)  # (M, R)
     result = left.new_zeros(experts, left.shape[1], right.shape[1])  # (E, N, R)
     for expert in range(experts):
         start, stop = bounds[expert * units], bounds[(expert + 1) * units]
@@ -159,7 +159,12 @@ def _aligned(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.data_ptr() % _ALIGNMENT == 0 and rows.is_contiguous() else rows.clone()
 
 
-def _bounds(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> list[int]:
+def check_shapes(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> None:
+    """What can be said of the arguments without bringing a value to the host.
+
+    Raises:
+        ValueError: Shapes or types that do not fit.
+    """
     if left.dim() != 2 or right.dim() != 2 or left.shape[0] != right.shape[0] or left.dtype != right.dtype:
         raise ValueError(
             f"expected rows (M, N) and (M, R) of one type, got {left.dtype} {tuple(left.shape)} and "
@@ -167,6 +172,24 @@ def _bounds(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> l
         )
     if offsets.dim() != 1 or not offsets.numel() or offsets.dtype != torch.int64:
         raise ValueError(f"expected int64 offsets (S + 1,), got {offsets.dtype} {tuple(offsets.shape)}")
+
+
+def experts_of(offsets: torch.Tensor, factors: torch.Tensor) -> int:
+    """The number of experts whose segments `offsets` bounds, with a factor for each unit.
+
+    Raises:
+        ValueError: The number of segments is not a multiple of the units.
+    """
+    units, segments = factors.numel(), offsets.numel() - 1
+    if factors.dim() != 1 or not units or segments % units:
+        raise ValueError(
+            f"expected factors (U,) and E * U segments, got {tuple(factors.shape)} and {segments} segments"
+        )
+    return segments // units
+
+
+def _bounds(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> list[int]:
+    check_shapes(left, right, offsets)
     bounds: list[int] = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != left.shape[0] or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"expected ascending offsets from 0 to {left.shape[0]} rows, got {bounds[0]} to {bounds[-1]}")

@@ -1,0 +1,25 @@
+"""A kernel's module with one fault written into it, to show that the comparison with its reference fails."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """A copy of a module in which `new` stands for `old`, which must be there exactly once.
+
+    Triton reads a kernel's source from its file, so that the copy is one too.
+    """
+    source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    if source.count(old) != 1:
+        raise ValueError(f"expected once in {module.__name__}, got {source.count(old)} times: {old!r}")
+    path = folder / f"mutant_{Path(str(module.__file__)).name}"
+    path.write_text(source.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module at {path}")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
