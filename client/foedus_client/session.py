@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from foedus_model.adapter import AttachedAdapter, attach
+from foedus_model.attention import fuse_attention
 from foedus_model.build import load_base
 from foedus_model.recompute import recompute_layers
 from foedus_protocols.errors import CheckpointError, ConfigError, PrivacyCheckFailed, RoundFailed
@@ -64,7 +65,7 @@ class Session:
             ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
-        recompute = checkpointing()
+        recompute, fused = checkpointing(), fused_attention()
         units_a_forward()
         base = Path(setup.base)
         layout = adapter_layout(
@@ -76,6 +77,8 @@ class Session:
             )
         model = load_base(base, expect_digest=setup.base_digest, device=default_device())
         adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
+        if fused:
+            fuse_attention(model)
         if recompute:
             recompute_layers(model)
         data = load_dataset(
@@ -251,6 +254,20 @@ def checkpointing() -> bool:
     if value not in ("on", "off"):
         raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on or off, got {value!r}: correct the environment")
     return value == "on"
+
+
+def fused_attention() -> bool:
+    """Whether FOEDUS_ATTENTION asks for attention in linear memory (``fused``); ``eager`` without it.
+
+    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
+
+    Raises:
+        ConfigError: Neither fused nor eager.
+    """
+    value = os.environ.get("FOEDUS_ATTENTION") or "eager"
+    if value not in ("fused", "eager"):
+        raise ConfigError(f"expected FOEDUS_ATTENTION=fused or eager, got {value!r}: correct the environment")
+    return value == "fused"
 
 
 def units_a_forward() -> int:

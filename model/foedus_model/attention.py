@@ -120,6 +120,20 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, padding_mask)
 
 
+def fuse_attention(model: Any) -> None:
+    """Have every layer's attention run in memory linear in the tokens, from now on; log-sparse layers always do.
+
+    Full and sliding layers otherwise run transformers' own (``eager``), which keeps queries x keys for each head. The
+    fused function is some 2.5 times as fast at 4,096 tokens on a CPU; its exponential is approximate, and logits move
+    by some 3e-5 (docs/log.md), for which reason it is not the default.
+
+    Args:
+        model: A `GptOssForCausalLM`; changed in place.
+    """
+    register()
+    model.set_attn_implementation(NAME)
+
+
 def attention(
     module: nn.Module,
     query: torch.Tensor,

@@ -47,7 +47,8 @@ def fit(
         "adapter": found.adapter,
         "driver_assumed": found.driver,
         "activations": found.activations,
-        "activations_with_checkpointing": found.checkpointed,
+        "activations_with_fused_attention": found.fused,
+        "activations_with_both": found.checkpointed,
         "layer_inputs": found.kept,
         "remedies": [
             {"name": one.name, "bytes": one.bytes, "fits": one.fits, "in_this_version": one.available}
@@ -78,7 +79,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         "adapter, gradients": result["adapter"],
         "driver (assumed)": result["driver_assumed"],
         "activations": result["activations"],
-        "activations, checkpointing": result["activations_with_checkpointing"],
+        "activations, fused attention": result["activations_with_fused_attention"],
+        "activations, fused attention and checkpointing": result["activations_with_both"],
     }
     for name, count in rows.items():
         parts.add_row(name, f"{count:,}", in_units(count))

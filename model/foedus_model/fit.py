@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foedus_model.adapter import attach
+from foedus_model.attention import fuse_attention
 from foedus_model.build import empty_model, specs_of
 from foedus_model.loss import losses_at
 from foedus_model.parts import by_part
@@ -60,7 +61,8 @@ class Fit:
         weights: Of the base by part, as they stay in memory.
         adapter: The adapter's matrices and their gradients.
         activations: The peak of everything that the step makes but the gradients, decoded matrices among it.
-        checkpointed: The same where layers are computed again.
+        fused: The same with fused attention.
+        checkpointed: The same with fused attention and layers that are computed again.
         kept: The layers' inputs that checkpointing keeps; offload would hold them on the host.
         driver: `DRIVER` with a GPU, else 0.
         remedies: Plain first; each adds to the one before.
@@ -69,6 +71,7 @@ class Fit:
     weights: Mapping[str, int]
     adapter: int
     activations: int
+    fused: int
     checkpointed: int
     kept: int
     driver: int
@@ -118,8 +121,9 @@ def fit(
     step = _Step(
         described=described, tokens=tokens, answers=answers, dtype=dtype, targets=targets, rank=rank, decoded=decoded
     )
-    plain, adapter = step.trace(checkpointing=False)
-    again, _ = step.trace(checkpointing=True)
+    plain, adapter = step.trace(fused=False, checkpointing=False)
+    fused, _ = step.trace(fused=True, checkpointing=False)
+    again, _ = step.trace(fused=True, checkpointing=True)
     fixed = adapter + driver
     resident = sum(weights.values())
     layers = int(described["num_hidden_layers"])
@@ -127,14 +131,16 @@ def fit(
     streamed = resident - weights["experts"] + min(2, layers) * weights["experts"] // layers
     ways = (
         ("as it is", resident + fixed + plain, True),
-        ("checkpointing", resident + fixed + again, True),
-        ("checkpointing, offload of the layers' inputs", resident + fixed + again - kept, False),
-        ("checkpointing, offload, streaming of experts", streamed + fixed + again - kept, False),
+        ("fused attention", resident + fixed + fused, True),
+        ("fused attention, checkpointing", resident + fixed + again, True),
+        ("the same, offload of the layers' inputs", resident + fixed + again - kept, False),
+        ("the same, offload, streaming of experts", streamed + fixed + again - kept, False),
     )
     return Fit(
         weights=weights,
         adapter=adapter,
         activations=plain,
+        fused=fused,
         checkpointed=again,
         kept=kept,
         driver=driver,
@@ -157,7 +163,7 @@ class _Step:
     rank: int
     decoded: int
 
-    def trace(self, *, checkpointing: bool) -> tuple[int, int]:
+    def trace(self, *, fused: bool, checkpointing: bool) -> tuple[int, int]:
         """The peak of what a step makes but for the gradients, and the bytes of the adapter with its gradients.
 
         The experts' operators take any codec alike, so that one stands for all; dense linear layers stand for
@@ -167,6 +173,8 @@ class _Step:
         layout = adapter_layout(self.described, targets=self.targets, rank=self.rank)
         with torch.device("meta"):
             adapted = attach(model, layout, seed="0" * 64, alpha=self.rank, rank=self.rank)
+        if fused:
+            fuse_attention(model)
         if checkpointing:
             recompute_layers(model)
         factors = [one for name, one in model.named_parameters() if "lora" in name]

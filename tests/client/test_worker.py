@@ -156,6 +156,22 @@ def test_checkpointing_is_the_organisations_and_changes_no_bit(
     assert _vector(folder).tobytes() == expected
 
 
+def test_fused_attention_is_the_organisations_and_changes_rounding_alone(
+    worker: WorkerProcess, setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.train(setup, _train(folder, OPEN), _nothing)
+    expected = _vector(folder).copy()
+    monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
+    refused = pytest.raises(ConfigError, match="FOEDUS_ATTENTION=fused or eager, got 'flash'")
+    with closing_worker(tmp_path, monkeypatch, "flash", name="FOEDUS_ATTENTION") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    (folder / "vector.f32").unlink()
+    with closing_worker(tmp_path, monkeypatch, "fused", name="FOEDUS_ATTENTION") as other:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    np.testing.assert_allclose(_vector(folder), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert _vector(folder).tobytes() != expected.tobytes(), "another function ran"
+
+
 def test_units_share_a_forward_in_private_runs_only_and_the_log_says_so(
     setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Prints the peak of memory of training steps over the memory before them, measured by the kernel, as JSON.
 
-    python step_peak.py TOKENS RANK TARGETS[+checkpointing]|loss ...
+    python step_peak.py TOKENS RANK TARGETS[+fused][+checkpointing]|loss ...
 
 `loss` is the loss alone, of hidden states 128 wide and 4,096 words.
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_model.adapter import attach
+from foedus_model.attention import fuse_attention
 from foedus_model.build import load_base
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.loss import Batch, token_losses
@@ -34,11 +35,13 @@ def _status(name: str) -> int:
 def _step(way: str, rank: int) -> Callable[[int], None]:
     if way == "loss":
         return _loss
-    targets, _, remedy = way.partition("+")
+    targets, *remedies = way.split("+")
     model = load_base(TINY)
     layout = adapter_layout(open_checkpoint(TINY).config, targets=targets, rank=rank)
     adapted = attach(model, layout, seed="ab" * 32, alpha=rank, rank=rank)
-    if remedy:
+    if "fused" in remedies:
+        fuse_attention(model)
+    if "checkpointing" in remedies:
         recompute_layers(model)
 
     def step(length: int) -> None:
