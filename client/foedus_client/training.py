@@ -5,6 +5,9 @@ shares its batch. A unit's loss comes from its own answer tokens alone: the mean
 token loss. (The library's `labels=` loss is a mean over the batch's tokens; removing one record moved a clipped sum by
 up to 8 clips.) A unit's records are one right-padded batch (`foedus_model.loss`).
 
+Where experts stream from the host (`foedus_model.streaming`), several units share a pass over the layers: each has its
+own forward and backward in it, with the same operations.
+
 A private run may take several units of one length in one forward where that was shown to change no bit of any unit's
 gradient (`packed.py`); here that is a `Packing`, passed in.
 
@@ -21,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from foedus_model.loss import Record, batch_of, token_losses
+from foedus_model.loss import Batch, Record, UnitLoss, batch_of, token_losses
 from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
 from numpy.typing import NDArray
 from torch import nn
@@ -77,6 +80,17 @@ class Packing(Protocol):
         """The gradient of each of U units of one record and one length.  # float32 (U, d)"""
 
 
+class Streaming(Protocol):
+    """Several units in one pass over streamed experts (`foedus_model.streaming.Streamer`)."""
+
+    @property
+    def units(self) -> int:
+        """Units of one pass, at most."""
+
+    def gradients(self, batches: Sequence[Batch], loss: UnitLoss) -> NDArray[np.float32]:
+        """The gradient of each of U units, each with an answer token.  # float32 (U, d)"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one step gives.
@@ -102,6 +116,7 @@ def private_vector(
     rng: RandomBytes,
     noise: RoundedGaussian | None,
     packing: Packing | None = None,
+    streaming: Streaming | None = None,
 ) -> StepResult:
     """One step of an organisation: sample, clip, sum, noise, scale.
 
@@ -113,6 +128,7 @@ def private_vector(
         noise: The table of `noise_table(terms, d)`; None in mode `none`.
         packing: Of `packed.packing_for`, in this process; None takes one unit a forward. Mode `none` takes one always:
             its bits are made again after a restart.
+        streaming: Takes a number of units through each layer at once; each unit's bits are those of one unit a forward.
 
     Raises:
         PrivacyCheckFailed: A parameter requires a gradient and is not in the vector, the noise is not the one that the
@@ -130,7 +146,7 @@ def private_vector(
     sampled = [units[index] for index in poisson_sample(len(units), terms.sampling_prob, rng)]
     step = grid(terms.noise_stddev, terms.l2_clip_norm, length)
     allowed = packing if terms.private else None
-    total, scales = clipped_sum(adapter, sampled, terms=terms, step=step, rng=rng, packing=allowed)
+    total, scales = clipped_sum(adapter, sampled, terms=terms, step=step, rng=rng, packing=allowed, streaming=streaming)
     values = total.values if noise is None else total.values + noise.draw(length)
     vector = release_vector(values, step=step, l2_clip_norm=terms.l2_clip_norm, expected_units=terms.expected_units)
     return StepResult(
@@ -160,6 +176,7 @@ def clipped_sum(
     step: float,
     rng: RandomBytes,
     packing: Packing | None = None,
+    streaming: Streaming | None = None,
 ) -> tuple[BoundedSum, list[float]]:
     """The sum of the units' clipped gradients, with its sensitivity, and the clip factors (which stay at home).
 
@@ -174,7 +191,8 @@ def clipped_sum(
         [unit.records[index] for index in choose_records(len(unit.records), terms.max_records_per_unit, rng)]
         for unit in units
     )
-    for gradient in _gradients(adapter, chosen, packing):
+    found = _gradients(adapter, chosen, packing) if streaming is None else _streamed(adapter, chosen, streaming)
+    for gradient in found:
         clipped = clip_to_grid(gradient, l2_clip_norm=terms.l2_clip_norm, step=step)
         total.add(clipped)
         scales.append(clipped.scale)
@@ -200,6 +218,25 @@ def _gradients(
             yield from packing.gradients(adapter, group)
 
 
+def _streamed(
+    adapter: Adapter, units: Iterable[Sequence[Record]], streaming: Streaming
+) -> Iterator[NDArray[np.float32]]:
+    """Each unit's gradient, float32 (d,), as many units a pass as it takes."""
+    device = adapter.trained[0].device
+    batches: list[Batch] = []
+    for records in units:
+        batch = batch_of(records, device)
+        if batch is None:
+            yield np.zeros(vector_length(adapter), np.float32)
+            continue
+        batches.append(batch)
+        if len(batches) == streaming.units:
+            yield from streaming.gradients(batches, unit_loss)
+            batches = []
+    if batches:
+        yield from streaming.gradients(batches, unit_loss)
+
+
 def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.float32]:
     """The gradient of one unit's loss over the trained tensors, in layout order.  # float32 (d,)
 
@@ -209,11 +246,22 @@ def unit_gradient(adapter: Adapter, records: Sequence[Record]) -> NDArray[np.flo
     if batch is None:
         return np.zeros(vector_length(adapter), np.float32)
     losses, owners = token_losses(adapter.model, batch)  # (N,), (N,)
-    tokens = torch.bincount(owners, minlength=len(records)).to(losses.dtype)  # (records,)
-    shares = 1.0 / (tokens[owners] * torch.count_nonzero(tokens))  # (N,)
-    gradients = torch.autograd.grad((losses * shares).sum(), adapter.trained)
+    gradients = torch.autograd.grad(unit_loss(losses, owners, len(records)), adapter.trained)
     flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])  # (d,)
     return flat.cpu().numpy()
+
+
+def unit_loss(losses: torch.Tensor, owners: torch.Tensor, records: int) -> torch.Tensor:
+    """A unit's loss: the mean over its records with an answer of each record's mean token loss.
+
+    Args:
+        losses: [N], of the unit's answer tokens.
+        owners: int64 [N], the record of each.
+        records: How many records the unit has.
+    """
+    tokens = torch.bincount(owners, minlength=records).to(losses.dtype)  # (records,)
+    shares = 1.0 / (tokens[owners] * torch.count_nonzero(tokens))  # (N,)
+    return (losses * shares).sum()
 
 
 def score(adapter: Adapter, units: Sequence[Unit], max_records: int) -> tuple[float, int, int]:

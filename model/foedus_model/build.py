@@ -69,6 +69,7 @@ def load_base(
     expect_digest: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> GptOssForCausalLM:
     """Load a base model, frozen and in evaluation mode.
 
@@ -77,6 +78,8 @@ def load_base(
         expect_digest: The base that a charter or variant names; None accepts any.
         device: Where the model runs.
         dtype: The compute type, float32 or bfloat16. What is quantised stays so in either.
+        stream: Leave the quantised experts in their files, wherever the model runs: `streaming.stream_experts` has to
+            be called before the model is.
 
     Returns:
         The model. Logits equal those of transformers' dequantised model up to summation order (1e-6 in float32).
@@ -85,7 +88,7 @@ def load_base(
         CheckpointError: The folder is not the expected, complete base, or the machine has too little memory for it.
         ConfigError: The configuration needs a part that this version does not have.
     """
-    return load(path, expect_digest=expect_digest, device=device, dtype=dtype).model
+    return load(path, expect_digest=expect_digest, device=device, dtype=dtype, stream=stream).model
 
 
 def load(
@@ -94,6 +97,7 @@ def load(
     expect_digest: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> Loaded:
     """Load a base model and say what was loaded; `load_base` says more.
 
@@ -102,9 +106,11 @@ def load(
     manifest = verify_config(path, expect_digest)
     config = _model_config(read_config(path))
     model = _on_meta(config, manifest.quantisation)
-    needs = needs_of(_expected(model, config), _stored(model), device=device, dtype=_compute(dtype))
+    expected, left = _expected(model, config), _experts(model) if stream else frozenset()
+    resident = {name: tensor for name, tensor in expected.items() if name not in left}
+    needs = needs_of(resident, _stored(model), device=device, dtype=_compute(dtype))
     require_memory(needs, path=path, device=device)
-    return _filled(open_checkpoint(path, expect_digest), config, model, device=device, dtype=dtype)
+    return _filled(open_checkpoint(path, expect_digest), config, model, device=device, dtype=dtype, left=left)
 
 
 def build(
@@ -165,14 +171,15 @@ def _filled(
     *,
     device: str | torch.device,
     dtype: torch.dtype,
+    left: frozenset[str] = frozenset(),
 ) -> Loaded:
-    """Give an empty model the tensors of its checkpoint."""
+    """Give an empty model the tensors of its checkpoint; those that are `left` stay in the files."""
     stored = _stored(model)
     _check_specs(_expected(model, config), checkpoint.contents.specs, stored)
     found = checkpoint.tensors()
     _check_scales(found, stored)
     state = {
-        name: tensor.to(device) if name in stored else tensor.to(device=device, dtype=dtype)
+        name: tensor.to("cpu" if name in left else device) if name in stored else tensor.to(device=device, dtype=dtype)
         for name, tensor in found.items()
     }
     model.load_state_dict(state, strict=False, assign=True)
@@ -274,6 +281,11 @@ def _expected(model: nn.Module, config: GptOssConfig) -> dict[str, torch.Tensor]
 def _stored(model: nn.Module) -> frozenset[str]:
     """The tensors that stay as the file has them: buffers, but for biases."""
     return frozenset(name for name, _ in model.named_buffers() if not name.endswith("bias"))
+
+
+def _experts(model: nn.Module) -> frozenset[str]:
+    """The tensors of the quantised experts that stay as the file has them: what can stream."""
+    return frozenset(name for name in _stored(model) if ".mlp.experts." in name)
 
 
 def _check_specs(expected: Mapping[str, torch.Tensor], found: Mapping[str, TensorSpec], stored: frozenset[str]) -> None:

@@ -7,6 +7,7 @@ here is trainable and nothing decoded outlives a call. A dense checkpoint withou
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class RoutedExperts(nn.Module):
     Attributes:
         lora: A module whose call returns the layer's `ExpertLora`, or None.
         row_multiple: As `experts_torch` takes it: 16 where several units share a forward, else 1.
+        elsewhere: Where the matrices lie for a forward if not in this module (`streaming.py`): from the ids of experts
+            to the matrices and the ids that they have there. The adapter must then be one that all experts share.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -32,6 +35,7 @@ class RoutedExperts(nn.Module):
         self.gate = gate
         self.lora: nn.Module | None = None
         self.row_multiple = 1
+        self.elsewhere: Callable[[torch.Tensor], tuple[PackedExperts, torch.Tensor]] | None = None
 
     def packed(self) -> PackedExperts:
         """The layer's frozen matrices, as the kernels take them."""
@@ -42,9 +46,9 @@ class RoutedExperts(nn.Module):
     ) -> torch.Tensor:
         """Apply the experts: hidden_states [T, K], router_indices and routing_weights [T, top-k] -> [T, K]."""
         lora: ExpertLora | None = self.lora() if self.lora is not None else None
+        packed, ids = (self.packed(), router_indices) if self.elsewhere is None else self.elsewhere(router_indices)
         return experts_torch(
-            *(hidden_states, router_indices, routing_weights, self.packed(), self.gate, lora),
-            row_multiple=self.row_multiple,
+            *(hidden_states, ids, routing_weights, packed, self.gate, lora), row_multiple=self.row_multiple
         )
 
 
@@ -71,10 +75,20 @@ class QuantisedExperts(RoutedExperts):
 
     def packed(self) -> PackedExperts:
         """The layer's frozen matrices, as the kernels take them."""
-        return PackedExperts(
-            self._weights("gate_up_proj"), self.gate_up_proj_bias, self._weights("down_proj"), self.down_proj_bias
-        )
+        return self.pack(self.stored(), self.gate_up_proj_bias, self.down_proj_bias)
 
-    def _weights(self, name: str) -> ExpertWeights:
-        first, second = (self.get_buffer(f"{name}_{suffix}") for suffix, _, _ in self._codec.parts)
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The matrices as they are stored, [E, ...] each, by the names of the checkpoint."""
+        names = [f"{name}_{suffix}" for name in ("gate_up_proj", "down_proj") for suffix, _, _ in self._codec.parts]
+        return {name: self.get_buffer(name) for name in names}
+
+    def pack(
+        self, stored: Mapping[str, torch.Tensor], gate_up_bias: torch.Tensor, down_bias: torch.Tensor
+    ) -> PackedExperts:
+        """Matrices stored as this layer's are, with the biases beside them, as the kernels take them."""
+        gate_up, down = (self._weights(stored, name) for name in ("gate_up_proj", "down_proj"))
+        return PackedExperts(gate_up, gate_up_bias, down, down_bias)
+
+    def _weights(self, stored: Mapping[str, torch.Tensor], name: str) -> ExpertWeights:
+        first, second = (stored[f"{name}_{suffix}"] for suffix, _, _ in self._codec.parts)
         return self._codec.weights(first, second)

@@ -7,7 +7,7 @@ padding has no loss. Hidden states of answer tokens alone meet the head, whose l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from foedus_kernels.cross_entropy import cross_entropy_torch
 from numpy.typing import NDArray
+
+UnitLoss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Losses of a unit's answer tokens (N,), the record of each (N,), and how many records -> the unit's loss, a number."""
 
 
 class Record(Protocol):
@@ -71,4 +74,11 @@ def losses_at(model: Any, tokens: torch.Tensor, owners: torch.Tensor, places: to
         [N], in nats.
     """
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state  # (B, T, K)
+    return head_losses(model, hidden, tokens, owners, places)
+
+
+def head_losses(
+    model: Any, hidden: torch.Tensor, tokens: torch.Tensor, owners: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """`losses_at` from the model's last hidden states, after its norm: [B, T, K] -> [N]."""
     return cross_entropy_torch(hidden[owners, places], model.lm_head.weight, tokens[owners, places + 1])

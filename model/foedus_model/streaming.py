@@ -1,0 +1,299 @@
+"""Training through a small device: experts stay on the host and stream through a ring, layer by layer.
+
+`stream_experts` puts a ring between a loaded model's layers of experts and their stored bytes. From then on the model
+runs as ever, a layer's experts fetched when the layer is reached, and its layers are computed again in the backward
+(`recompute.py`): checks, evaluation and generation need nothing else. `Streamer.gradients` is the training step that
+amortises the link: it executes `stream_plan.steps`, all units through a layer before the next layer comes.
+
+A unit's arithmetic is its own forward and backward in either way, operation by operation: gradients are those of one
+unit a forward to the bit wherever operations are deterministic, and do not depend on which units share a pass.
+Attention, router, norms, embeddings and head stay on the device. Left out: adapters with a pair for each expert, whose
+vector for every unit would not fit a host (they need clipping by layer), and Adam's states (rounds have none here).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from foedus_kernels.experts import PackedExperts
+from foedus_protocols.errors import ConfigError
+from numpy.typing import NDArray
+from torch import nn
+
+from foedus_model.experts import QuantisedExperts
+from foedus_model.loss import Batch, UnitLoss, head_losses
+from foedus_model.parts import in_units
+from foedus_model.recompute import kept, recompute_layers
+from foedus_model.stream_plan import Backward, Collect, Embed, Fetch, Forward, Free, Head, Load, Offload, Step, steps
+from foedus_model.stream_ring import Ring
+
+_LOG = logging.getLogger(__name__)
+
+CHUNK_BYTES = 64 << 20
+"""The most that a chunk takes, one expert at least: 4 of gpt-oss's experts. Requests of this size reach a link's and a
+disk's full rate (not measured here)."""
+
+_AHEAD = 4  # A quarter of a layer, one chunk at least, is fetched while a layer is computed.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingShape:
+    """How a layer of experts is cut, and how much of it a ring holds.
+
+    Attributes:
+        per_chunk: Experts of a chunk.
+        chunks: Chunks of a layer.
+        slots: Chunks of the ring.
+    """
+
+    per_chunk: int
+    chunks: int
+    slots: int
+
+    @classmethod
+    def of(cls, experts: int, layer_bytes: int) -> RingShape:
+        """The largest chunks within `CHUNK_BYTES`, and a ring of a layer and a quarter.
+
+        Args:
+            experts: E.
+            layer_bytes: Of a layer's experts as they are stored.
+        """
+        fits = [count for count in range(1, experts + 1) if experts % count == 0]
+        per_chunk = max((count for count in fits if count * layer_bytes <= CHUNK_BYTES * experts), default=1)
+        chunks = experts // per_chunk
+        return cls(per_chunk=per_chunk, chunks=chunks, slots=chunks + max(1, chunks // _AHEAD))
+
+
+def stream_experts(
+    model: Any, trained: Sequence[nn.Parameter], *, units: int, shape: RingShape | None = None
+) -> Streamer:
+    """Have a model's experts stream through a ring on its device, from now on.
+
+    Args:
+        model: A `GptOssForCausalLM` with quantised experts on the host (`build.load_base` with `stream=True` leaves
+            them there), and with its adapter; changed in place.
+        trained: The adapter's trained matrices, in the vector's order.
+        units: Units that share a pass, at most: host memory for throughput.
+        shape: The ring's; by default `RingShape.of` the model's experts.
+
+    Raises:
+        ConfigError: Experts that are not quantised, an adapter with a pair for each expert, a matrix outside the
+            layers, or a GPU without CUDA.
+    """
+    modules = [layer.mlp.experts for layer in model.model.layers]
+    for module in modules:
+        if not isinstance(module, QuantisedExperts):
+            raise ConfigError(
+                "expected a base with quantised experts to stream, got dense ones: quantise the base "
+                "(`foedus model quantize`), or leave FOEDUS_STREAMING out"
+            )
+        if module.lora is not None and any(pairs.shape[0] != 1 for pairs in module.lora.parameters()):
+            raise ConfigError(
+                "expected an adapter on attention or experts-shared to stream, got one with a pair for each expert, "
+                "whose vector for every unit would have to wait on the host: leave FOEDUS_STREAMING out"
+            )
+    stored = [module.stored() for module in modules]
+    device = model.model.norm.weight.device
+    if shape is None:
+        experts = next(iter(stored[0].values())).shape[0]
+        shape = RingShape.of(experts, sum(tensor.nbytes for tensor in stored[0].values()))
+    ring = Ring(stored, per_chunk=shape.per_chunk, slots=shape.slots, device=device)
+    streamer = Streamer(model, trained, ring, units=units)
+    for number, module in enumerate(modules):
+        module.elsewhere = _in_ring(module, number, ring)
+    recompute_layers(model)
+    _LOG.info(
+        "experts stream to %s: %d layers of %d chunks of %s through a ring of %d, up to %d units a pass",
+        device,
+        ring.layers,
+        ring.chunks,
+        in_units(ring.chunk_bytes),
+        ring.slots,
+        units,
+    )
+    return streamer
+
+
+def _in_ring(
+    module: QuantisedExperts, layer: int, ring: Ring
+) -> Callable[[torch.Tensor], tuple[PackedExperts, torch.Tensor]]:
+    """What `RoutedExperts.elsewhere` asks for: the ring as the layer's stacks, and the experts' rows in it."""
+
+    def place(ids: torch.Tensor) -> tuple[PackedExperts, torch.Tensor]:
+        rows, experts = ring.rows(layer)  # (E,), (slots * per_chunk,)
+        biases = (bias.index_select(0, experts) for bias in (module.gate_up_proj_bias, module.down_proj_bias))
+        return module.pack(ring.stacks, *biases), rows[ids]
+
+    return place
+
+
+class Streamer:
+    """Gradients of many units over streamed experts.
+
+    Attributes:
+        units: Units that share a pass, at most.
+    """
+
+    def __init__(self, model: Any, trained: Sequence[nn.Parameter], ring: Ring, *, units: int) -> None:
+        """Find the layer of each trained matrix.
+
+        Raises:
+            ConfigError: Fewer than one unit, or a trained matrix outside the layers.
+        """
+        if units < 1:
+            raise ConfigError(f"expected at least one unit a pass, got {units}")
+        self.units = units
+        self._model, self._ring = model, ring
+        layer_of = {id(one): number for number, layer in enumerate(model.model.layers) for one in layer.parameters()}
+        self._length = 0
+        self._trained: list[list[tuple[nn.Parameter, slice]]] = [[] for _ in model.model.layers]
+        for one in trained:
+            if id(one) not in layer_of:
+                raise ConfigError("expected trained matrices in the model's layers, got one outside: not supported")
+            self._trained[layer_of[id(one)]].append((one, slice(self._length, self._length + one.numel())))
+            self._length += one.numel()
+
+    def gradients(self, batches: Sequence[Batch], loss: UnitLoss) -> NDArray[np.float32]:
+        """The gradient of each unit's loss over the trained matrices, in the vector's order.  # float32 (U, d)
+
+        Args:
+            batches: A batch for each of at most `units` units, each with an answer token.
+            loss: From a unit's token losses to its loss.
+
+        Guarantees:
+            A unit's gradient is a function of its own batch. Whether it ends or is interrupted, nothing of the units
+            stays: hidden states are dropped and every slot of the ring is free.
+        """
+        if len(batches) > self.units:
+            raise ValueError(f"expected at most {self.units} units a pass, got {len(batches)}")
+        run = _Pass(self._model, self._ring, self._trained, batches, loss, self._length)
+        try:
+            self._ring.clear()  # Of a forward that no plan ran.
+            for step in steps(self.load(batches)):
+                run.do(step)
+        finally:
+            self._ring.clear()
+        return run.vectors
+
+    def load(self, batches: Sequence[Batch]) -> Load:
+        """What a pass over these units moves and holds."""
+        wide = self._model.model.norm.weight
+        size = self._model.config.hidden_size * wide.element_size()
+        return Load(
+            chunks=((self._ring.chunk_bytes,) * self._ring.chunks,) * self._ring.layers,
+            slots=self._ring.slots,
+            hidden=tuple(batch.tokens.numel() * size for batch in batches),
+            gradients=tuple(sum(one.nbytes for one, _ in matrices) for matrices in self._trained),
+        )
+
+    def close(self) -> None:
+        """End the copies; a later pass starts anew."""
+        self._ring.close()
+
+
+class _Pass:
+    """One pass: what waits on the host, what is on the device for one unit, and what each step does with it."""
+
+    def __init__(
+        self,
+        model: Any,
+        ring: Ring,
+        trained: Sequence[Sequence[tuple[nn.Parameter, slice]]],
+        batches: Sequence[Batch],
+        loss: UnitLoss,
+        length: int,
+    ) -> None:
+        self._model, self._ring, self._trained, self._batches, self._loss = model, ring, trained, batches, loss
+        self.vectors = np.zeros((len(batches), length), np.float32)
+        self.waiting: dict[tuple[int, int], torch.Tensor] = {}  # By layer and unit, on the host.
+        self.newest: torch.Tensor | None = None  # A unit's hidden states or their gradient, (B, T, K).
+        self._pieces: tuple[torch.Tensor, ...] = ()  # A unit's adapter gradient in a layer.
+        self._first = next(layer for layer, matrices in enumerate(trained) if matrices)
+
+    def do(self, step: Step) -> None:
+        """Do one step of the plan."""
+        match step:
+            case Fetch(layer, chunk, slot):
+                self._ring.fetch(layer, chunk, slot)
+            case Free(_, _, slot):
+                self._ring.free(slot)
+            case Embed(unit):
+                with torch.no_grad():
+                    self.newest = self._model.model.embed_tokens(self._batches[unit].tokens)
+            case Offload(layer, unit):
+                if self.newest is not None:
+                    self.waiting[layer, unit] = _to_host(self.newest)
+                self.newest = None
+            case Forward(layer, unit):
+                self._forward(layer, unit)
+            case Head(unit):
+                self._head(unit)
+            case Backward(layer, unit):
+                self._backward(layer, unit)
+            case Collect(layer, unit):
+                for (_, place), piece in zip(self._trained[layer], self._pieces, strict=True):
+                    self.vectors[unit, place] = piece.reshape(-1).float().cpu().numpy()
+                self._pieces = ()
+
+    def _forward(self, layer: int, unit: int) -> None:
+        given = self.waiting[layer, unit] if layer >= self._first else self.waiting.pop((layer, unit))
+        with torch.no_grad(), _only(self._model.model, layer) as run:
+            self.newest = run(_to_device(given, self._ring))
+
+    def _head(self, unit: int) -> None:
+        last = _to_device(self.waiting.pop((self._ring.layers, unit)), self._ring).requires_grad_()
+        batch = self._batches[unit]
+        owners, places = torch.nonzero(batch.answers, as_tuple=True)  # (N,), (N,)
+        with torch.enable_grad():
+            losses = head_losses(self._model, self._model.model.norm(last), batch.tokens, owners, places)  # (N,)
+            (self.newest,) = torch.autograd.grad(self._loss(losses, owners, batch.tokens.shape[0]), last)
+
+    def _backward(self, layer: int, unit: int) -> None:
+        above = _to_device(self.waiting.pop((layer + 1, unit)), self._ring)  # (B, T, K)
+        given = _to_device(self.waiting.pop((layer, unit)), self._ring)  # (B, T, K)
+        matrices = [one for one, _ in self._trained[layer]]
+        inputs = [given.requires_grad_(), *matrices] if layer > self._first else matrices
+        with torch.enable_grad(), _only(self._model.model, layer) as run:
+            found = torch.autograd.grad(run(given), inputs, above)
+        self.newest = found[0] if layer > self._first else None
+        self._pieces = found[1:] if layer > self._first else found
+
+
+@contextmanager
+def _only(inner: Any, layer: int) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Let the model's own forward, with its masks and rotations, run one layer and nothing before or after it."""
+    layers, norm = inner.layers, inner.norm
+    chosen: list[nn.Module] = [_PassThrough() for _ in layers]
+    chosen[layer] = layers[layer]
+    inner.layers, inner.norm = nn.ModuleList(chosen), nn.Identity()
+    try:
+        with kept(layers[layer]):
+            yield lambda hidden: inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    finally:
+        inner.layers, inner.norm = layers, norm
+
+
+class _PassThrough(nn.Module):
+    """Stands for a layer that does not run."""
+
+    def forward(self, hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory; of a GPU's into pinned memory, in the order of the computing stream."""
+    if tensor.device.type == "cpu":
+        return tensor.detach()
+    waiting = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return waiting.copy_(tensor.detach(), non_blocking=True)
+
+
+def _to_device(tensor: torch.Tensor, ring: Ring) -> torch.Tensor:
+    """What waits on the host, again where the ring is: the same stream comes after the copy that brought it there."""
+    return tensor.to(ring.device, non_blocking=True).detach()
