@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foedus_kernels.weights import pick
+from foedus_kernels.weights import computes_here, pick
 
 GROUP = 64
 LARGEST_CODE = 127
@@ -108,17 +108,38 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch
     Raises:
         ValueError: A wrong shape or type, or another `dtype`.
     """
-    _check_stored(codes, scales)
-    if dtype not in _DTYPES:
-        raise ValueError(f"int8 decodes to float32, bfloat16 and float64, not to {dtype}")
+    return (decode_torch if computes_here(codes) else _operator)(codes, scales, dtype)
+
+
+def decode_torch(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The reference of `decode`."""
+    _check_decoded(codes, scales, dtype)
     values = codes.contiguous().to(dtype).view(*scales.shape, GROUP)  # (..., G, 64), a copy
     return values.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)  # (..., K)
+
+
+# An operator by its schema, as MXFP4's is.
+torch.library.define("foedus::int8_decode", "(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor")
+torch.library.impl("foedus::int8_decode", "default", decode_torch)
+_operator = torch.ops.foedus.int8_decode.default
+
+
+@torch.library.register_fake("foedus::int8_decode")
+def _(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    _check_decoded(codes, scales, dtype)
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def _rounded_up(values: torch.Tensor) -> torch.Tensor:
     """Positive float32 to the next bfloat16 that is not smaller: the upper half of the bits, plus one if any is cut."""
     bits = values.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _check_decoded(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> None:
+    _check_stored(codes, scales)
+    if dtype not in _DTYPES:
+        raise ValueError(f"int8 decodes to float32, bfloat16 and float64, not to {dtype}")
 
 
 def _check_stored(codes: torch.Tensor, scales: torch.Tensor) -> None:

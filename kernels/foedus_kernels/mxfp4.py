@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 
-from foedus_kernels.weights import pick
+from foedus_kernels.weights import computes_here, pick
 
 GROUP = 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -96,11 +96,16 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
     Raises:
         ValueError: A wrong shape or type, or a dtype in which the values are not exact.
     """
-    _check_packed(blocks, scales)
+    chosen = decode_torch if computes_here(blocks) else _operator
     if dtype == torch.float64:
-        return decode(blocks, scales, torch.float32).double()
-    if dtype not in _QUAD:
-        raise ValueError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
+        return chosen(blocks, scales, torch.float32).double()
+    return chosen(blocks, scales, dtype)
+
+
+def decode_torch(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The reference of `decode`, for float32 and bfloat16."""
+    _check_packed(blocks, scales)
+    _check_exact(dtype)
     if blocks.storage_offset() % 2:
         blocks = blocks.clone()  # A memory-mapped tensor may start at an odd byte.
     words = blocks.contiguous().view(torch.uint16).view(-1)  # (G * 8,) over all leading axes
@@ -115,6 +120,20 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
         torch.index_select(table, 0, words[found].to(torch.int32), out=quads[found])
         values[start:stop].mul_(_scale_values(groups[start:stop], dtype).unsqueeze(1))
     return values.view(*scales.shape[:-1], scales.shape[-1] * GROUP)  # (..., K)
+
+
+# An operator, so that tracers see its shape and another device brings a kernel of its own. Defined by its schema, since
+# a call by way of `torch.library.custom_op` costs four times as much.
+torch.library.define("foedus::mxfp4_decode", "(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor")
+torch.library.impl("foedus::mxfp4_decode", "default", decode_torch)
+_operator = torch.ops.foedus.mxfp4_decode.default
+
+
+@torch.library.register_fake("foedus::mxfp4_decode")
+def _(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    _check_packed(blocks, scales)
+    _check_exact(dtype)
+    return scales.new_empty(*scales.shape[:-1], scales.shape[-1] * GROUP, dtype=dtype)
 
 
 def encode(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,6 +199,11 @@ def _quad_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     values = torch.tensor(E2M1, dtype=dtype, device=device)
     quads = torch.stack([values[(words >> shift) & 15] for shift in (0, 4, 8, 12)], dim=-1)  # (65536, 4)
     return quads.view(_QUAD[dtype]).squeeze(-1)
+
+
+def _check_exact(dtype: torch.dtype) -> None:
+    if dtype not in _QUAD:
+        raise ValueError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
 
 
 def _check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:

@@ -87,6 +87,15 @@ def pick(stack: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
     return stack.index_select(0, torch.tensor(list(experts), device=stack.device))
 
 
+def computes_here(stored: torch.Tensor) -> bool:
+    """Whether a tensor has values on a CPU and nothing traces the call, so that a decoder need not be an operator.
+
+    The dispatcher takes 10 to 18 us of a call; decoding one matrix of 16 x 64 takes 17 (int8) to 75 (mxfp4) without it
+    (one core, 2026-11-25).
+    """
+    return type(stored) is torch.Tensor and stored.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 _CODECS: dict[str, Callable[..., ExpertWeights]] = {}
 
 

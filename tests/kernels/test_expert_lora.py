@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from foedus_kernels import grouped, mxfp4
+from foedus_kernels import grouped, int8, mxfp4, nf4
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.experts import Gate, PackedExperts, experts_torch
 from foedus_kernels.weights import DenseWeights
@@ -168,6 +168,32 @@ def test_gradcheck(which, pairs, row_multiple) -> None:
         return experts_torch(
             hidden, ids, weights, layer, GATE, ExpertLora(**given, scale=1.5), row_multiple=row_multiple
         )
+
+    assert torch.autograd.gradcheck(layer_of, (hidden, weights, *trained(lora)))
+
+
+@pytest.mark.parametrize("codec", ["mxfp4", "int8", "nf4"])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_gradcheck_over_packed_weights(codec, pairs) -> None:
+    """Every codec decodes to float64, so that the gradients over stored bytes are checked to float64's digits too.
+
+    Differences of the decoded layer against the operator's backward, which decodes again: bytes of another expert, or
+    in another order, in one of the two directions would show.
+    """
+    encode, stack = {
+        "mxfp4": (mxfp4.encode, mxfp4.Mxfp4Weights),
+        "int8": (int8.encode, int8.Int8Weights),
+        "nf4": (nf4.encode, nf4.Nf4Weights),
+    }[codec]
+    dense = dense_layer(2, 64, 64)
+    layer = dense._replace(
+        gate_up=stack(*encode(dense.gate_up.tensors()[0] * 0.2)), down=stack(*encode(dense.down.tensors()[0] * 0.2))
+    )
+    lora = pairs_of(layer, pairs, 1)
+    hidden, ids, weights = inputs_of(2, 64, [0, 1], 2)
+
+    def layer_of(hidden, weights, *matrices):
+        return experts_torch(hidden, ids, weights, layer, GATE, ExpertLora(*matrices, scale=1.5))
 
     assert torch.autograd.gradcheck(layer_of, (hidden, weights, *trained(lora)))
 
