@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from foedus_kernels.backend import PATHS
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.attention import fuse_attention
 from foedus_model.build import load_base
+from foedus_model.experts import choose_path
 from foedus_model.recompute import recompute_layers
 from foedus_protocols.errors import CheckpointError, ConfigError, PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
@@ -65,8 +67,8 @@ class Session:
             ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
-        recompute, fused = checkpointing(), fused_attention()
-        units_a_forward()
+        recompute, fused, experts = checkpointing(), fused_attention(), experts_path()
+        rows = setup.max_tokens * max(setup.max_records_per_unit, units_a_forward())
         base = Path(setup.base)
         layout = adapter_layout(
             read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
@@ -77,6 +79,7 @@ class Session:
             )
         model = load_base(base, expect_digest=setup.base_digest, device=default_device())
         adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
+        choose_path(model, rows=rows, wanted=experts)
         if fused:
             fuse_attention(model)
         if recompute:
@@ -268,6 +271,20 @@ def fused_attention() -> bool:
     if value not in ("fused", "eager"):
         raise ConfigError(f"expected FOEDUS_ATTENTION=fused or eager, got {value!r}: correct the environment")
     return value == "fused"
+
+
+def experts_path() -> str | None:
+    """The path of the experts that FOEDUS_EXPERTS asks for; None without it: device, codec and shape then choose.
+
+    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
+
+    Raises:
+        ConfigError: Neither fused nor dequantised.
+    """
+    value = os.environ.get("FOEDUS_EXPERTS") or None
+    if value is not None and value not in PATHS:
+        raise ConfigError(f"expected FOEDUS_EXPERTS=fused or dequantised, got {value!r}: correct the environment")
+    return value
 
 
 def units_a_forward() -> int:

@@ -12,20 +12,24 @@ pairs (`expert_lora.py`), none for the matrices, and decodes the matrices again 
 projection's output is kept; everything else is computed again from it. A router weight's gradient needs no output
 either: ``<grad, y W_down + b> = <grad W_down, y> + <grad, b>``, whose first product the backward makes anyway.
 
-Forward and backward are operators of `torch.library`, so that tracers see their shapes without running them. Fused
-Triton kernels, which never write a decoded matrix, are the heavier alternative.
+Forward and backward are operators of `torch.library`, so that tracers see their shapes without running them. The path
+``fused`` has the same operators run device code that never writes a decoded matrix (`device/experts.py`); `backend.py`
+chooses between the two, once a run.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from foedus_kernels import weights
+from foedus_kernels.backend import DEQUANTISED, FUSED, PATHS
 from foedus_kernels.expert_lora import ExpertLora, Pair, Segments
 from foedus_kernels.grouped import Routing, add_bias_, add_products_with_, product
 from foedus_kernels.weights import ExpertWeights
@@ -64,6 +68,7 @@ def experts_torch(
     lora: ExpertLora | None = None,
     *,
     row_multiple: int = 1,
+    path: str = DEQUANTISED,
 ) -> torch.Tensor:
     """Apply each token's experts and sum their outputs by weight.
 
@@ -75,7 +80,9 @@ def experts_torch(
         gate: The activation's constants.
         lora: Low-rank pairs, or None. They are computed with in the type of `hidden`.
         row_multiple: Each expert's rows are padded with zeros to a multiple of this. With 16 a CPU's products do not
-            depend on how many rows an expert has (`docs/model.md`); 1 pads nothing.
+            depend on how many rows an expert has (`docs/model.md`); 1 pads nothing. The fused path needs no padding,
+            and makes none.
+        path: ``dequantised`` or ``fused``, as `backend.choose` chose for the run.
 
     Returns:
         [T, K] in the type of `hidden`. Differentiable once in `hidden`, `expert_weights` and the matrices of `lora`.
@@ -86,12 +93,14 @@ def experts_torch(
     """
     matrices = (None, None, None, None) if lora is None else lora.matrices()
     _check(hidden, expert_ids, expert_weights, packed, matrices, None if lora is None else lora.units)
+    if path not in PATHS:
+        raise ValueError(f"expected a path among {PATHS}, got {path!r}")
     out, _ = experts_forward(
         *(hidden, expert_weights, expert_ids),
         *(weights.codec_of(packed.gate_up), list(packed.gate_up.tensors()), packed.gate_up_bias),
         *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
         *matrices,
-        *(0.0 if lora is None else lora.scale, gate.alpha, gate.limit, row_multiple),
+        *(0.0 if lora is None else lora.scale, gate.alpha, gate.limit, row_multiple, path),
     )
     return out
 
@@ -115,8 +124,15 @@ def experts_forward(
     alpha: float,
     limit: float,
     row_multiple: int,
+    path: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`experts_torch` as an operator: the output [T, K], and what the backward needs, gate and up of each row."""
+    if path == FUSED:
+        return _fused().forward(
+            *(hidden, expert_weights, expert_ids),
+            *(weights.codec(gate_up_codec, gate_up), gate_up_bias, weights.codec(down_codec, down), down_bias),
+            *(gate_up_a, gate_up_b, down_a, down_b, scale, alpha, limit),
+        )
     routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple)
     rows = routing.gather(hidden)  # (S, K)
     found = product(rows, weights.codec(gate_up_codec, gate_up), routing.rows_of)  # (S, 2N)
@@ -139,9 +155,9 @@ def experts_forward(
 def _(
     hidden: torch.Tensor, expert_weights: torch.Tensor, expert_ids: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    gate_up_bias, row_multiple = rest[2], rest[13]
+    gate_up_bias, row_multiple, path = rest[2], rest[13], rest[14]
     # How many places padding adds is known when the rows are counted.
-    places = expert_ids.numel() if row_multiple == 1 else torch.library.get_ctx().new_dynamic_size()
+    places = expert_ids.numel() if row_multiple == 1 or path == FUSED else torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(hidden), hidden.new_empty(places, gate_up_bias.shape[1])
 
 
@@ -165,9 +181,16 @@ def experts_backward(
     alpha: float,
     limit: float,
     row_multiple: int,
+    path: str,
     needs: Sequence[bool],
 ) -> list[torch.Tensor]:
     """The gradients of hidden, expert weights and the four low-rank matrices; an empty tensor where not needed."""
+    if path == FUSED:
+        return _fused().backward(
+            *(grad, gate_up_rows, hidden, expert_weights, expert_ids),
+            *(weights.codec(gate_up_codec, gate_up), weights.codec(down_codec, down), down_bias),
+            *(gate_up_a, gate_up_b, down_a, down_b, scale, alpha, limit, needs),
+        )
     routing = Routing.of(expert_ids, down_bias.shape[0], multiple=row_multiple)
     found = [grad.new_empty(0) for _ in range(6)]
     sorted_grad = routing.gather(grad)  # (S, K)
@@ -214,7 +237,7 @@ def _(
     expert_weights: torch.Tensor,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    matrices, needs = rest[6:10], rest[14]
+    matrices, needs = rest[6:10], rest[15]
     shaped = (hidden, expert_weights, *matrices)
     return [
         torch.empty_like(one, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
@@ -227,7 +250,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], hidden, expert_weights, expert_ids, down_bias, *inputs[9:13], *gate_up, *down)
-    ctx.codecs, ctx.constants, ctx.stored = (gate_up_codec, down_codec), inputs[13:17], len(gate_up)
+    ctx.codecs, ctx.constants, ctx.stored = (gate_up_codec, down_codec), inputs[13:18], len(gate_up)
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]:
@@ -236,7 +259,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]
     # A list of tensors among the inputs wants a list in its place.
     frozen = (None, None, [None] * split, None, None, [None] * (len(stacks) - split), None)
     if grad is None:
-        return (None, None, *frozen, *(None,) * 8)
+        return (None, None, *frozen, *(None,) * 9)
     needs = [bool(ctx.needs_input_grad[place]) for place in (0, 1, 9, 10, 11, 12)]
     found = experts_backward(
         *(grad.contiguous(), gate_up_rows, hidden, expert_weights, expert_ids),
@@ -244,10 +267,15 @@ def _backward(ctx: Any, grad: torch.Tensor | None, _: object) -> tuple[Any, ...]
         *(*matrices, *ctx.constants, needs),
     )
     kept = [one if need else None for one, need in zip(found, needs, strict=True)]
-    return (*kept[:2], *frozen, *kept[2:], *(None,) * 4)
+    return (*kept[:2], *frozen, *kept[2:], *(None,) * 5)
 
 
 experts_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _fused() -> ModuleType:
+    """The device code, which imports Triton."""
+    return importlib.import_module("foedus_kernels.device.experts")
 
 
 def _activate(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:

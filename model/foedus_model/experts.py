@@ -8,15 +8,20 @@ here is trainable and nothing decoded outlives a call. A dense checkpoint withou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import logging
 from typing import Any
 
 import torch
+from foedus_kernels.backend import DEQUANTISED, Choice, choose
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.experts import Gate, PackedExperts, experts_torch
 from foedus_kernels.weights import ExpertWeights
+from foedus_protocols.errors import ConfigError
 from torch import nn
 
 from foedus_model.codecs import codec
+
+_LOG = logging.getLogger(__name__)
 
 
 class RoutedExperts(nn.Module):
@@ -27,6 +32,7 @@ class RoutedExperts(nn.Module):
         row_multiple: As `experts_torch` takes it: 16 where several units share a forward, else 1.
         elsewhere: Where the matrices lie for a forward if not in this module (`streaming.py`): from the ids of experts
             to the matrices and the ids that they have there. The adapter must then be one that all experts share.
+        path: As `experts_torch` takes it; `choose_path` sets it for a run.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -36,6 +42,12 @@ class RoutedExperts(nn.Module):
         self.lora: nn.Module | None = None
         self.row_multiple = 1
         self.elsewhere: Callable[[torch.Tensor], tuple[PackedExperts, torch.Tensor]] | None = None
+        self.path = DEQUANTISED
+
+    @property
+    def quantisation(self) -> str:
+        """What stores the matrices, as a manifest says it."""
+        return "dense"
 
     def packed(self) -> PackedExperts:
         """The layer's frozen matrices, as the kernels take them."""
@@ -48,7 +60,9 @@ class RoutedExperts(nn.Module):
         lora: ExpertLora | None = self.lora() if self.lora is not None else None
         packed, ids = (self.packed(), router_indices) if self.elsewhere is None else self.elsewhere(router_indices)
         return experts_torch(
-            *(hidden_states, ids, routing_weights, packed, self.gate, lora), row_multiple=self.row_multiple
+            *(hidden_states, ids, routing_weights, packed, self.gate, lora),
+            row_multiple=self.row_multiple,
+            path=self.path,
         )
 
 
@@ -73,6 +87,11 @@ class QuantisedExperts(RoutedExperts):
                 self.register_buffer(stored, tensor)
             self.register_buffer(f"{name}_bias", torch.empty(experts, outs))
 
+    @property
+    def quantisation(self) -> str:
+        """What stores the matrices, as a manifest says it."""
+        return self._codec.name
+
     def packed(self) -> PackedExperts:
         """The layer's frozen matrices, as the kernels take them."""
         return self.pack(self.stored(), self.gate_up_proj_bias, self.down_proj_bias)
@@ -92,3 +111,32 @@ class QuantisedExperts(RoutedExperts):
     def _weights(self, stored: Mapping[str, torch.Tensor], name: str) -> ExpertWeights:
         first, second = (stored[f"{name}_{suffix}"] for suffix, _, _ in self._codec.parts)
         return self._codec.weights(first, second)
+
+
+def choose_path(model: nn.Module, *, rows: int, wanted: str | None = None, interpreted: bool = False) -> Choice | None:
+    """Choose how a model's experts multiply, for the whole of a run, and say in the log which way and why.
+
+    Args:
+        model: With layers of `RoutedExperts` on the device where it runs; changed in place.
+        rows: The most tokens that one forward of the run can have. No batch is looked at.
+        wanted: ``fused`` or ``dequantised``; None takes what `foedus_kernels.backend.choose` does.
+        interpreted: Allow ``fused`` on a CPU by way of Triton's interpreter: for tests.
+
+    Returns:
+        The choice; None where the model has no such layer, since transformers' own module then runs.
+
+    Raises:
+        ConfigError: The wanted path is none, or cannot run here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    if not layers:
+        return None
+    device = layers[0].packed().down_bias.device
+    try:
+        choice = choose(device=device, codec=layers[0].quantisation, rows=rows, wanted=wanted, interpreted=interpreted)
+    except ValueError as error:
+        raise ConfigError(f"experts: {error}") from error
+    for layer in layers:
+        layer.path = choice.path
+    _LOG.info("experts: %s, since %s", choice.path, choice.why)
+    return choice

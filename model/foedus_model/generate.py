@@ -25,6 +25,10 @@ from foedus_model.adapter import attach
 from foedus_model.build import build
 from foedus_model.chat import TEMPLATE_FILE
 from foedus_model.checkpoint import open_checkpoint
+from foedus_model.experts import choose_path
+
+# Rows of a step that writes a token for each request. A prompt's forward may have more; it is one of many.
+_MOST_REQUESTS = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,6 +80,7 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
         attached = attach(model, layout, seed="", alpha=adapter.alpha, rank=adapter.rank, fixed=adapter.fixed)
         attached.load_vector(adapter.vector)
         model.requires_grad_(False)
+    choose_path(model, rows=_MOST_REQUESTS)
     return Generator(
         model=model,
         tokenizer=Tokenizer.from_file(str(checkpoint.tokenizer_path)),

@@ -172,6 +172,19 @@ def test_fused_attention_is_the_organisations_and_changes_rounding_alone(
     assert _vector(folder).tobytes() != expected.tobytes(), "another function ran"
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("quick", "FOEDUS_EXPERTS=fused or dequantised, got 'quick'"), ("fused", "experts: expected what the fused path")],
+)
+def test_the_experts_path_is_refused_where_it_cannot_run(
+    setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    monkeypatch.setenv("FOEDUS_DEVICE", "cpu")
+    refused = pytest.raises(ConfigError, match=said)
+    with closing_worker(tmp_path, monkeypatch, value, name="FOEDUS_EXPERTS") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
+
+
 def test_units_share_a_forward_in_private_runs_only_and_the_log_says_so(
     setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

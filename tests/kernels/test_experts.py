@@ -173,7 +173,7 @@ def test_the_operator_is_registered_with_fakes(tokens: int, kind: str, pairs: in
         *(weights.codec_of(packed.gate_up), list(packed.gate_up.tensors()), packed.gate_up_bias),
         *(weights.codec_of(packed.down), list(packed.down.tensors()), packed.down_bias),
     )
-    constants = (0.5, 1.702, 7.0, 1)
+    constants = (0.5, 1.702, 7.0, 1, "dequantised")
     given = (hidden.requires_grad_(), chosen.requires_grad_(), ids, *stacks, *matrices, *constants)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(experts.experts_forward, given, test_utils=checks)

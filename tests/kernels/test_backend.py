@@ -1,0 +1,78 @@
+"""Which path runs: a function of device, codec and the run's shapes, with its reason; refused where it cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from foedus_kernels import backend
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `choose` asks of a machine with an H100, answered so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("rows", "codec", "path", "why"),
+    [
+        (1, "mxfp4", "fused", "at most 1 rows"),
+        (8191, "mxfp4", "fused", "at most 8,191 rows"),
+        (8192, "mxfp4", "dequantised", "up to 8,192 rows"),
+        (131072, "mxfp4", "dequantised", "up to 131,072 rows"),
+        (512, "nf4", "dequantised", "experts in nf4"),
+        (512, "dense", "dequantised", "experts in dense"),
+    ],
+)
+def test_the_runs_shape_chooses(rows: int, codec: str, path: str, why: str) -> None:
+    choice = backend.choose(device="cuda", codec=codec, rows=rows)
+    assert choice.path == path
+    assert why in choice.why
+    assert backend.choose(device="cuda", codec=codec, rows=rows, wanted="dequantised").path == "dequantised"
+
+
+def test_on_a_cpu_the_library_multiplies_and_fused_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = backend.choose(device="cpu", codec="mxfp4", rows=16)
+    assert (choice.path, "cpu" in choice.why) == ("dequantised", True)
+    # The interpreter is no path of a run: it has to be asked for, together with the path.
+    assert backend.choose(device="cpu", codec="mxfp4", rows=16, interpreted=True).path == "dequantised"
+    with pytest.raises(ValueError, match="the device cpu, and its kernels run on a GPU"):
+        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused")
+    assert backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused", interpreted=True).path == "fused"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 has to be set"):
+        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused", interpreted=True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_the_fused_path_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> str:
+        with pytest.raises(ValueError, match="expected what the fused path needs") as caught:
+            backend.choose(device="cuda", codec="mxfp4", rows=16, wanted="fused")
+        assert backend.choose(device="cuda", codec="mxfp4", rows=16).path == "dequantised"
+        return str(caught.value)
+
+    with monkeypatch.context() as one:
+        one.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "pip install triton" in refused()
+    with monkeypatch.context() as one:
+        one.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "compute capability (7, 5)" in refused()
+    with monkeypatch.context() as one:
+        one.setattr(torch.cuda, "is_available", lambda: False)
+        assert "without CUDA" in refused()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET=1" in refused()
+
+
+def test_what_is_no_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a path among"):
+        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fast")
+    with pytest.raises(ValueError, match="expected a number of rows"):
+        backend.choose(device="cpu", codec="mxfp4", rows=-1)
