@@ -88,6 +88,14 @@ def _missing(device: torch.device, codec: str, *, interpreted: bool) -> str | No
     """What the fused path lacks here, or None."""
     if codec != _CODEC:
         return f"experts in {codec}, and its kernels read {_CODEC}"
+    return missing_for_kernels(device, interpreted=interpreted)
+
+
+def missing_for_kernels(device: torch.device, *, interpreted: bool = False) -> str | None:
+    """What device code in Triton lacks on a device, whatever it computes; None where it runs.
+
+    `interpreted`: whether Triton's interpreter may stand in for a GPU.
+    """
     if importlib.util.find_spec("triton") is None:
         return "no Triton, which its kernels are written in (pip install triton)"
     if device.type == "cpu":

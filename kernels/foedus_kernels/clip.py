@@ -14,19 +14,58 @@ Source: Lee and Kifer 2021 for row-scaled gradients ("book-keeping" in Bu et al.
 way of the Gram matrix, ``sum_ij (l_i . l_j) (r_i . r_j)``, cancels: in float32 it gave 0 for a true 0.148. It is taken
 in float64 here, for short segments alone, and no clip of a private run rests on it.
 
-Left out: the device code that never writes G_s to memory.
+Where the rows lie on a CUDA device the three operators run `device/clip.py`, which keeps no G_s for a norm and brings
+no offset to the host, if `backend.missing_for_kernels` finds nothing missing: a property of the machine, the same for
+every batch of a run. In float64, in which gradients are checked, the reference runs everywhere.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 
+from foedus_kernels import backend
+
+_LOG = logging.getLogger(__name__)
+
+DEVICE_TYPES = (torch.float32, torch.bfloat16)  # Of rows that device code takes.
 _ALIGNMENT = 64  # Bytes: what torch's CPU allocator gives, and a cache line.
 
 
-@torch.library.custom_op("foedus::unit_gradients", mutates_args=())
+def _operator(name: str) -> Callable[[Callable[..., torch.Tensor]], torch.library.CustomOpDef]:
+    """An operator of `torch.library` with a reference; on CUDA it runs the device code of its name."""
+
+    def register(reference: Callable[..., torch.Tensor]) -> torch.library.CustomOpDef:
+        operator = torch.library.custom_op(f"foedus::{name}", mutates_args=())(reference)
+        operator.register_kernel("cuda", _on_cuda(name, reference))
+        return operator
+
+    return register
+
+
+def _on_cuda(name: str, reference: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def chosen(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        code = _device_code(left.device) if left.dtype in DEVICE_TYPES else None
+        return (reference if code is None else getattr(code, name))(left, *rest)
+
+    return chosen
+
+
+@cache
+def _device_code(device: torch.device) -> ModuleType | None:
+    """K3 in Triton, or None where it cannot run; asked once a device, and said once."""
+    missing = backend.missing_for_kernels(device)
+    _LOG.info("clipping on %s: %s", device, "in Triton" if missing is None else f"by the reference: {missing}")
+    return importlib.import_module("foedus_kernels.device.clip") if missing is None else None
+
+
+@_operator("unit_gradients")
 def unit_gradients_torch(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Each segment's gradient.
 
@@ -58,7 +97,7 @@ def _(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.T
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 
-@torch.library.custom_op("foedus::unit_square_norms", mutates_args=())
+@_operator("unit_square_norms")
 def unit_square_norms_torch(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """The squared Frobenius norm of each segment's gradient; arguments and errors of `unit_gradients_torch`.
 
@@ -87,7 +126,7 @@ def _(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.T
     return left.new_empty(offsets.shape[0] - 1, dtype=torch.float64)
 
 
-@torch.library.custom_op("foedus::clipped_gradient", mutates_args=())
+@_operator("clipped_gradient")
 def clipped_gradient_torch(
     left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor, factors: torch.Tensor
 ) -> torch.Tensor:

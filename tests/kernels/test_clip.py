@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from foedus_kernels import clip
 from foedus_kernels.clip import (
     clipped_gradient_torch,
     segment_offsets,
@@ -127,3 +130,27 @@ def test_the_operators_are_registered_with_fakes(lengths) -> None:
     torch.library.opcheck(unit_gradients_torch, (left, right, offsets), test_utils=tests)
     torch.library.opcheck(unit_square_norms_torch, (left, right, offsets), test_utils=tests)
     torch.library.opcheck(clipped_gradient_torch, (left, right, offsets, factors), test_utils=tests)
+
+
+def test_a_unit_of_factor_zero_takes_no_part_whatever_its_rows_hold() -> None:
+    """0 times infinity is no number: a dropped unit must not spoil the sum of the others."""
+    left, right, offsets = rows_of([2, 3, 1, 4], (7, 5))
+    factors = torch.tensor([0.5, 0.0])
+    want = clipped_gradient_torch(left, right, offsets, factors)
+    left[3], right[4], right[7] = torch.nan, torch.inf, -torch.inf  # Of the second unit.
+    assert torch.equal(clipped_gradient_torch(left, right, offsets, factors), want)
+    assert torch.isfinite(unit_square_norms_torch(left, right, offsets)).tolist() == [True, False, True, False]
+
+
+def test_on_cuda_the_device_code_of_a_name_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card: the choice alone, with tensors of a CPU."""
+    left, right, offsets = rows_of([2, 3], (7, 5))
+    code = SimpleNamespace(unit_gradients=lambda *given: ("device", *given))
+    chosen = clip._on_cuda("unit_gradients", lambda *given: ("reference", *given))
+    assert clip._device_code(torch.device("cpu")) is None
+    assert chosen(left, right, offsets)[0] == "reference"
+    monkeypatch.setattr(clip, "_device_code", lambda _: code)
+    for dtype, who in ((torch.float32, "device"), (torch.bfloat16, "device"), (torch.float64, "reference")):
+        got = chosen(left.to(dtype), right.to(dtype), offsets)
+        assert got[0] == who
+        assert got[3] is offsets

@@ -30,7 +30,6 @@ would want; tensor memory descriptors; TF32 (float32 rows are multiplied in floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,6 @@ _GROUP = 4  # Wide tiles of one program of the norms. H100, 128 experts x 16 uni
 _SEGMENTS = 128  # Norms that one program adds up.
 _MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
 _MOST_ROWS = 2**31 - 1  # A segment's rows are counted in 32 bits, from its own first one.
-_TYPES = (torch.float32, torch.bfloat16)
 
 
 class Tiles(NamedTuple):
@@ -264,30 +262,6 @@ def clipped_gradient(
     return result
 
 
-def register() -> None:
-    """Let the three operators of `clip` run here where their rows lie on a CUDA device."""
-    for operator, kernel in (
-        (clip.unit_gradients_torch, unit_gradients),
-        (clip.unit_square_norms_torch, unit_square_norms),
-        (clip.clipped_gradient_torch, clipped_gradient),
-    ):
-        operator.register_kernel("cuda", _with_reference(operator, kernel))
-
-
-def _with_reference(
-    operator: torch.library.CustomOpDef, kernel: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """The kernel for float32 and bfloat16, the operator's own code for float64, in which gradients are checked."""
-
-    def chosen(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        if left.dtype in _TYPES:
-            return kernel(left, *rest)
-        with operator.set_kernel_enabled("cuda", False):
-            return operator(left, *rest)
-
-    return chosen
-
-
 def _launch_gradients(
     left: torch.Tensor,
     right: torch.Tensor,
@@ -316,7 +290,7 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The arguments, checked without a value of theirs, in memory as the kernels read it."""
     clip.check_shapes(left, right, offsets)
-    if left.dtype not in _TYPES:
+    if left.dtype not in clip.DEVICE_TYPES:
         raise ValueError(f"expected rows in float32 or bfloat16, got {left.dtype}: the reference takes it")
     if not left.device == right.device == offsets.device:
         raise ValueError(

@@ -297,3 +297,21 @@ def test_what_does_not_fit_is_refused(place, monkeypatch) -> None:
             patch.setattr(device, limit, 1)
             with pytest.raises(ValueError, match=text):
                 device.unit_square_norms(left, right, offsets)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_operators_run_device_code_on_cuda_and_the_reference_in_float64(dtype) -> None:
+    left, right, offsets = rows_of([2, 5, 17, 3], (40, 8), (torch.device("cuda"), dtype))
+    factors = factors_of(2, (left.device, dtype))
+    pairs = (
+        (clip.unit_gradients_torch, device.unit_gradients, (left, right, offsets)),
+        (clip.unit_square_norms_torch, device.unit_square_norms, (left, right, offsets)),
+        (clip.clipped_gradient_torch, device.clipped_gradient, (left, right, offsets, factors)),
+    )
+    for operator, launcher, given in pairs:
+        if dtype != torch.float64:
+            assert torch.equal(operator(*given), launcher(*given))
+        else:
+            want = operator(*(one.cpu() for one in given))
+            assert_close(operator(*given), want, max_relative=1e-12, rms=1e-12)
