@@ -32,6 +32,7 @@ from foedus_client.synthetic import SyntheticUnit, synthetic_record, synthetic_u
 from foedus_client.training import (
     Adapter,
     Packing,
+    Streaming,
     Unit,
     clipped_sum,
     coverage_check,
@@ -60,6 +61,7 @@ def preflight(
     max_tokens: int,
     rng: RandomBytes = os.urandom,
     packing: Packing | None = None,
+    streaming: Streaming | None = None,
 ) -> dict[str, float]:
     """All checks of a private run's model, terms and noise, on synthetic records of the run's shapes.
 
@@ -83,8 +85,8 @@ def preflight(
     longest = max(float(np.linalg.norm(gradient_check(adapter, unit))) for unit in units)
     wide = replace(terms, l2_clip_norm=2.0 * longest, noise_multiplier=0.0)
     figures = {
-        "move_over_clip": _largest_move(adapter, units, terms, rng),
-        "move_over_wide_clip": _largest_move(adapter, units, wide, rng),
+        "move_over_clip": _largest_move(adapter, units, terms, rng, streaming=streaming),
+        "move_over_wide_clip": _largest_move(adapter, units, wide, rng, streaming=streaming),
     }
     if packing is not None:
         figures["move_over_clip_packed"] = _packed_move(adapter, terms, packing, rng)
@@ -113,13 +115,14 @@ def _largest_move(
     rng: RandomBytes,
     *,
     packing: Packing | None = None,
+    streaming: Streaming | None = None,
     coupling: float = _COUPLING,
 ) -> float:
     """`sensitivity_check` of the production sum, on the grid of these terms."""
     step = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter))
 
     def sum_of(some: Sequence[Unit]) -> BoundedSum:
-        return clipped_sum(adapter, some, terms=terms, step=step, rng=rng, packing=packing)[0]
+        return clipped_sum(adapter, some, terms=terms, step=step, rng=rng, packing=packing, streaming=streaming)[0]
 
     return sensitivity_check(sum_of, units, l2_clip_norm=terms.l2_clip_norm, coupling=coupling)
 

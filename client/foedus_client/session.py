@@ -5,6 +5,7 @@ Plain functions over a loaded `Session`; nothing here knows of Flower, sockets, 
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from foedus_model.attention import fuse_attention
 from foedus_model.build import load_base
 from foedus_model.experts import choose_path
 from foedus_model.recompute import recompute_layers
+from foedus_model.streaming import Streamer, stream_experts
 from foedus_protocols.errors import CheckpointError, ConfigError, PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
 from foedus_protocols.layout import Vector, adapter_layout, initial_vector
@@ -39,8 +41,11 @@ from foedus_client.work import (
     TrainTask,
 )
 
+_LOG = logging.getLogger("foedus.client")
+
 NOISE_TABLES = "noise"
 _MOST_UNITS = 64
+_MOST_STREAMED = 4096
 
 
 class Session:
@@ -49,8 +54,17 @@ class Session:
     The base is loaded once and stays as long as the session; an adapter is 10 to 100 MB and is loaded for each task.
     """
 
-    def __init__(self, setup: Setup, adapter: AttachedAdapter, data: Dataset, *, work: Path) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        adapter: AttachedAdapter,
+        data: Dataset,
+        *,
+        work: Path,
+        streaming: Streamer | None = None,
+    ) -> None:
         self._setup = setup
+        self._streaming = streaming
         self._adapter = adapter
         self._data = data
         self._work = work
@@ -67,7 +81,7 @@ class Session:
             ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
-        recompute, fused, experts = checkpointing(), fused_attention(), experts_path()
+        recompute, fused, experts, streamed = checkpointing(), fused_attention(), experts_path(), units_streamed()
         rows = setup.max_tokens * max(setup.max_records_per_unit, units_a_forward())
         base = Path(setup.base)
         layout = adapter_layout(
@@ -77,13 +91,17 @@ class Session:
             raise CheckpointError(
                 f"expected the adapter layout {setup.layout_digest[:12]}, this base gives {layout.digest[:12]}"
             )
-        model = load_base(base, expect_digest=setup.base_digest, device=default_device())
+        model = load_base(base, expect_digest=setup.base_digest, device=default_device(), stream=streamed is not None)
         adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
         choose_path(model, rows=rows, wanted=experts)
         if fused:
             fuse_attention(model)
-        if recompute:
-            recompute_layers(model)
+        streaming = None
+        if streamed is not None:
+            streaming = stream_experts(model, adapter.trained, units=streamed)
+            _LOG.info("%s", streaming)
+        if recompute != "off":
+            recompute_layers(model, offload=recompute == "offload")
         data = load_dataset(
             [Path(file) for file in setup.files],
             units=setup.units,
@@ -93,7 +111,12 @@ class Session:
             max_records_per_unit=setup.max_records_per_unit,
             split_key=bytes.fromhex(setup.split_key),
         )
-        return cls(setup, adapter, data, work=work)
+        return cls(setup, adapter, data, work=work, streaming=streaming)
+
+    def close(self) -> None:
+        """End what copies experts beside the computation. Nothing else is open."""
+        if self._streaming is not None:
+            self._streaming.close()
 
     def describe(self) -> SetupReply:
         """How much data there is, and where the model runs."""
@@ -120,7 +143,12 @@ class Session:
         if task.delta is None or task.epsilon is None:
             raise PrivacyCheckFailed("expected delta and epsilon to check a private run against, got none")
         figures = checks.preflight(
-            self._adapter, terms=terms, noise=noise, max_tokens=self._setup.max_tokens, packing=self._packing_of(terms)
+            self._adapter,
+            terms=terms,
+            noise=noise,
+            max_tokens=self._setup.max_tokens,
+            packing=self._packing_of(terms),
+            streaming=self._streaming,
         )
         figures["epsilon_of_second_accountant"] = checks.cross_check(
             noise_multiplier=terms.noise_multiplier,
@@ -147,6 +175,7 @@ class Session:
             rng=rng,
             noise=self._table(terms),
             packing=self._packing_of(terms),
+            streaming=self._streaming,
         )
         output = Path(task.output)
         with disk_errors(output):
@@ -245,18 +274,19 @@ def set_threads() -> None:
         torch.set_num_threads(max(1, int(count)))
 
 
-def checkpointing() -> bool:
-    """Whether FOEDUS_CHECKPOINTING asks for activations to be computed again instead of kept; off without it.
+def checkpointing() -> str:
+    """FOEDUS_CHECKPOINTING: ``on`` computes activations again instead of keeping them, ``offload`` has the layers'
+    inputs wait on the host besides; ``off`` without it.
 
     The bits of a step are the same with and without, so it is each organisation's own affair and in no charter.
 
     Raises:
-        ConfigError: Neither on nor off.
+        ConfigError: Nothing of these.
     """
     value = os.environ.get("FOEDUS_CHECKPOINTING") or "off"
-    if value not in ("on", "off"):
-        raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on or off, got {value!r}: correct the environment")
-    return value == "on"
+    if value not in ("on", "offload", "off"):
+        raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on, offload or off, got {value!r}: correct the environment")
+    return value
 
 
 def fused_attention() -> bool:
@@ -297,5 +327,28 @@ def units_a_forward() -> int:
     if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MOST_UNITS:
         raise ConfigError(
             f"expected FOEDUS_UNITS_A_FORWARD from 1 to {_MOST_UNITS}, got {value!r}: correct the environment"
+        )
+    return int(value)
+
+
+def units_streamed() -> int | None:
+    """FOEDUS_STREAMING units share a pass over experts that stream from the host; None without it.
+
+    The bits of a step are the same with and without, so it is each organisation's own affair and in no charter.
+
+    Raises:
+        ConfigError: Not a number from 1 to 4096, or several units a forward beside it.
+    """
+    value = os.environ.get("FOEDUS_STREAMING") or "off"
+    if value == "off":
+        return None
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MOST_STREAMED:
+        raise ConfigError(
+            f"expected FOEDUS_STREAMING from 1 to {_MOST_STREAMED}, or off, got {value!r}: correct the environment"
+        )
+    if units_a_forward() > 1:
+        raise ConfigError(
+            "expected FOEDUS_STREAMING or FOEDUS_UNITS_A_FORWARD, got both: leave out the second, streamed units share "
+            "each layer already"
         )
     return int(value)

@@ -67,6 +67,8 @@ class Worker:
     def _dispatch(self, request: Request) -> bytes:
         data = request.body.encode()
         if request.kind == "setup":
+            if self._session is not None:
+                self._session.close()
             self._session = self._app = None  # The old base goes before the new one comes.
             session = Session.load(Setup.decode(data), work=self._work)
             self._session, self._app = session, build_app(session)

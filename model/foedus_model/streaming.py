@@ -13,7 +13,6 @@ vector for every unit would not fit a host (they need clipping by layer), and Ad
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from foedus_model.parts import in_units
 from foedus_model.recompute import kept, recompute_layers
 from foedus_model.stream_plan import Backward, Collect, Embed, Fetch, Forward, Free, Head, Load, Offload, Step, steps
 from foedus_model.stream_ring import Ring
-
-_LOG = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
 """The most that a chunk takes, one expert at least: 4 of gpt-oss's experts. Requests of this size reach a link's and a
@@ -108,15 +105,6 @@ def stream_experts(
     for number, module in enumerate(modules):
         module.elsewhere = _in_ring(module, number, ring)
     recompute_layers(model)
-    _LOG.info(
-        "experts stream to %s: %d layers of %d chunks of %s through a ring of %d, up to %d units a pass",
-        device,
-        ring.layers,
-        ring.chunks,
-        in_units(ring.chunk_bytes),
-        ring.slots,
-        units,
-    )
     return streamer
 
 
@@ -158,6 +146,14 @@ class Streamer:
                 raise ConfigError("expected trained matrices in the model's layers, got one outside: not supported")
             self._trained[layer_of[id(one)]].append((one, slice(self._length, self._length + one.numel())))
             self._length += one.numel()
+
+    def __str__(self) -> str:
+        """What streams, for a log."""
+        ring = self._ring
+        return (
+            f"experts stream to {ring.device}: {ring.layers} layers, {in_units(ring.chunks * ring.chunk_bytes)} each, "
+            f"through a ring of {in_units(ring.slots * ring.chunk_bytes)}; up to {self.units} units a pass"
+        )
 
     def gradients(self, batches: Sequence[Batch], loss: UnitLoss) -> NDArray[np.float32]:
         """The gradient of each unit's loss over the trained matrices, in the vector's order.  # float32 (U, d)

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foedus_client.session import units_streamed
 from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
+from foedus_protocols import accounting
 from foedus_protocols.errors import CheckpointError, ConfigError, DataError, PrivacyCheckFailed
 from foedus_protocols.layout import adapter_layout, attention_layout, initial_vector
 from foedus_protocols.manifest import read_config, read_manifest
@@ -150,10 +152,51 @@ def test_checkpointing_is_the_organisations_and_changes_no_bit(
     refused = pytest.raises(ConfigError, match="FOEDUS_CHECKPOINTING")
     with closing_worker(tmp_path, monkeypatch, "maybe") as other, refused:
         other.train(setup, _train(folder, OPEN), _nothing)
-    (folder / "vector.f32").unlink()
-    with closing_worker(tmp_path, monkeypatch, "on") as other:
+    for way in ("on", "offload"):
+        (folder / "vector.f32").unlink()
+        with closing_worker(tmp_path, monkeypatch, way) as other:
+            other.train(setup, _train(folder, OPEN), _nothing)
+        assert _vector(folder).tobytes() == expected
+
+
+def test_experts_stream_where_the_organisation_says_so_and_no_bit_changes(
+    worker: WorkerProcess, setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mode none to the bit; a private step and its checks over the same code; scores."""
+    worker.train(setup, _train(folder, OPEN), _nothing)
+    expected = _vector(folder).tobytes()
+    scoring = EvaluateTask(adapter=str(folder / "adapter.f32"), max_records=20)
+    scored = worker.evaluate(setup, scoring, _nothing)
+    event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
+    checking = CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=accounting.epsilon([event], 1e-5))
+    log = tmp_path / "worker.log"
+    with closing_worker(tmp_path, monkeypatch, "3", name="FOEDUS_STREAMING", log=log) as other:
+        (folder / "vector.f32").unlink()
         other.train(setup, _train(folder, OPEN), _nothing)
-    assert _vector(folder).tobytes() == expected
+        assert _vector(folder).tobytes() == expected
+        assert other.check(setup, checking, _nothing).figures["move_over_clip"] <= 1.001
+        assert other.train(setup, _train(folder, PRIVATE), _nothing).figures["dropped_units"] == 0
+        assert other.evaluate(setup, scoring, _nothing) == scored
+    assert (
+        "experts stream to cpu: 4 layers, 417.8 kB each, through a ring of 835.6 kB; up to 3 units" in log.read_text()
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "4097", "on", "-1", "１"])
+def test_a_number_of_streamed_units_that_cannot_be(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOEDUS_STREAMING", value)
+    with pytest.raises(ConfigError, match=f"expected FOEDUS_STREAMING from 1 to 4096, or off, got '{value}'"):
+        units_streamed()
+
+
+def test_streamed_units_share_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOEDUS_STREAMING", "8")
+    assert units_streamed() == 8
+    monkeypatch.setenv("FOEDUS_UNITS_A_FORWARD", "2")
+    with pytest.raises(ConfigError, match="expected FOEDUS_STREAMING or FOEDUS_UNITS_A_FORWARD, got both"):
+        units_streamed()
+    monkeypatch.setenv("FOEDUS_STREAMING", "off")
+    assert units_streamed() is None
 
 
 def test_fused_attention_is_the_organisations_and_changes_rounding_alone(
@@ -241,8 +284,6 @@ def test_scores_are_of_held_out_units(worker: WorkerProcess, setup: Setup, folde
 
 
 def test_the_checks_pass_on_the_real_model(worker: WorkerProcess, setup: Setup) -> None:
-    from foedus_protocols import accounting
-
     event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
     epsilon = accounting.epsilon([event], 1e-5)
     task = CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=epsilon)

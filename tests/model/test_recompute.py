@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foedus_model import recompute
 from foedus_model.adapter import attach
 from foedus_model.build import load_base
 from foedus_model.recompute import recompute_layers
@@ -45,6 +46,29 @@ def test_gradients_are_equal_to_the_bit_and_less_is_kept(adapter) -> None:
         assert other.any()
         assert torch.equal(one, other)
     assert kept < whole / 4
+
+
+def test_inputs_of_layers_wait_on_the_host_and_no_bit_changes(adapter, monkeypatch) -> None:
+    expected, _ = gradients_and_kept_bytes(adapter)
+    waiting = []
+    hooks = recompute.save_on_cpu
+
+    class Watched(hooks):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            own = self.pack_hook
+            self.pack_hook = lambda tensor: waiting.append(tensor) or own(tensor)
+
+    monkeypatch.setattr(recompute, "save_on_cpu", Watched)
+    recompute_layers(adapter.model)
+    recompute_layers(adapter.model, offload=True)
+    found, _ = gradients_and_kept_bytes(adapter)
+    assert [tensor.shape for tensor in waiting] == [(1, 48, 128)] * 2, "a layer's input each, and nothing else"
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    with recompute.kept(adapter.model.model.layers[0]):
+        adapter.model.model(input_ids=TOKENS, use_cache=False)
+    assert len(waiting) == 2 + 1, "a layer that is kept is not computed again"
 
 
 def test_a_layer_runs_twice_with_gradients_and_once_without(adapter, monkeypatch) -> None:
