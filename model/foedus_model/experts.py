@@ -7,8 +7,8 @@ here is trainable and nothing decoded outlives a call. A dense checkpoint withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
