@@ -7,8 +7,10 @@ over rows. Rows sorted by (expert, unit) make one unit's share of one expert's g
 
 Three operations follow. `unit_gradients_torch` writes every G_s: the mechanism needs them, since it rounds a unit's
 clipped gradient to integers. `unit_square_norms_torch` gives their squared norms without keeping any.
-`clipped_gradient_torch` sums each expert's G_s, each times its unit's factor, as one product of an expert's rows: what
-clipping layer by layer needs, and engines that noise a floating-point sum.
+`clipped_gradient_torch` sums each expert's G_s, each times its unit's factor, as one product of an expert's rows. No
+private run calls it: such a sum has no sensitivity that clipping would bound. A unit with the rows 2^30 and -2^30 has a
+gradient of exactly zero, and erases another's 1 on the way (`test_a_floating_point_sum_has_no_sensitivity`). What the
+two wait for stands in `docs/model.md`.
 
 Source: Lee and Kifer 2021 for row-scaled gradients ("book-keeping" in Bu et al. 2023); the segments are ours. A norm by
 way of the Gram matrix, ``sum_ij (l_i . l_j) (r_i . r_j)``, cancels: in float32 it gave 0 for a true 0.148. It is taken

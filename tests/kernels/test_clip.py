@@ -154,3 +154,18 @@ def test_on_cuda_the_device_code_of_a_name_runs_where_it_can(monkeypatch: pytest
         got = chosen(left.to(dtype), right.to(dtype), offsets)
         assert got[0] == who
         assert got[3] is offsets
+
+
+def test_a_floating_point_sum_has_no_sensitivity() -> None:
+    """Why the mechanism sums integers: a unit whose gradient is zero takes away all that another gave.
+
+    Clipping bounds the sum of a unit's rows. What their order of magnitude does to a float32 sum on the way is not
+    bounded by it.
+    """
+    rows = torch.tensor([1.0, 2.0**30, -(2.0**30)])
+    left, right, offsets = rows[:, None].expand(3, 4).contiguous(), torch.ones(3, 2), torch.tensor([0, 1, 3])
+    assert unit_square_norms_torch(left, right, offsets).tolist() == [8.0, 0.0]
+    alone, together = (
+        clipped_gradient_torch(left, right, offsets, torch.tensor([1.0, factor])) for factor in (0.0, 1.0)
+    )
+    assert float((alone - together).square().sum()) == 8.0
