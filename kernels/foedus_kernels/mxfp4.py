@@ -58,7 +58,7 @@ class Mxfp4Weights:
 
     def __post_init__(self) -> None:
         """Check the shapes and the types."""
-        _check_packed(self.blocks, self.scales)
+        check_packed(self.blocks, self.scales)
         if self.scales.dim() != 3:
             raise ValueError(f"expected scales [E, N, K/{GROUP}] of a stack, got {tuple(self.scales.shape)}")
 
@@ -104,7 +104,7 @@ def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torc
 
 def decode_torch(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The reference of `decode`, for float32 and bfloat16."""
-    _check_packed(blocks, scales)
+    check_packed(blocks, scales)
     _check_exact(dtype)
     if blocks.storage_offset() % 2:
         blocks = blocks.clone()  # A memory-mapped tensor may start at an odd byte.
@@ -131,7 +131,7 @@ _operator = torch.ops.foedus.mxfp4_decode.default
 
 @torch.library.register_fake("foedus::mxfp4_decode")
 def _(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    _check_packed(blocks, scales)
+    check_packed(blocks, scales)
     _check_exact(dtype)
     return scales.new_empty(*scales.shape[:-1], scales.shape[-1] * GROUP, dtype=dtype)
 
@@ -206,7 +206,7 @@ def _check_exact(dtype: torch.dtype) -> None:
         raise ValueError(f"MXFP4 decodes exactly to float32 and bfloat16, not to {dtype}")
 
 
-def _check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+def check_packed(blocks: torch.Tensor, scales: torch.Tensor) -> None:
     if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
         raise ValueError(f"expected uint8 blocks and scales, got {blocks.dtype} and {scales.dtype}")
     if blocks.shape != (*scales.shape, GROUP // 2):

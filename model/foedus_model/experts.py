@@ -131,7 +131,7 @@ def choose_path(model: nn.Module, *, rows: int, wanted: str | None = None, inter
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     if not layers:
         return None
-    device = layers[0].packed().down_bias.device
+    device = next(model.parameters()).device  # Not a layer's: streamed matrices rest elsewhere.
     try:
         choice = choose(device=device, codec=layers[0].quantisation, rows=rows, wanted=wanted, interpreted=interpreted)
     except ValueError as error:

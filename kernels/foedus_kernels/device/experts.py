@@ -1,0 +1,718 @@
+"""K1 and K2 in Triton: a layer of experts over packed MXFP4, forward and backward, no decoded matrix in memory.
+
+A program multiplies a tile of one expert's rows with a tile of that expert's matrix, which it decodes on the way
+(`mxfp4.decode_tile`): 17 bytes of memory for 32 values. The same bytes serve both directions, since a tile [outs, ins]
+is the right-hand operand of ``y W`` as it lies, and turned over that of ``x W^T``::
+
+    _forward_kernel   gather, x W^T, + scale (x A^T) B^T, + bias; for gate_up also the clamped SwiGLU of the tile
+    _adjoint_kernel   gather, g W, + scale (g B) A; for down also times the SwiGLU's slopes and the row's weight
+    _narrow_kernel    x A^T or g B: (S, R), R padded to 16
+    _combine_kernel   a token's rows, in the order of its choices, times their weights
+    _weights_kernel   the gradient of a row's weight: what the adjoint summed by tile, and <g, b>
+
+Saved for the backward is what the reference saves, gate and up of each row. Bytes and FLOPs of a layer of gpt-oss-120b
+(128 experts, 2880 wide) at m rows an expert, forward; the backward (K2) reads the same matrices once and has as many
+FLOPs, and moves 2 x 2880 values a row more::
+
+                        matrices   rows (bf16)   FLOPs     H100, 3.35 TB/s, 989 TFLOP/s   H200, 4.8 TB/s, 989 TFLOP/s
+    16 rows an expert    1.69 GB      0.07 GB     0.10 T     527 us  (memory)               368 us  (memory)
+    256 rows an expert   1.69 GB      1.13 GB     1.63 T   1,648 us  (arithmetic)         1,648 us  (arithmetic)
+
+These are floors by arithmetic, nothing was measured. A tile of weights is decoded again for every tile of rows, at some
+10 integer operations a value, which bounds the layer at 2.2 ms for each 128 rows an expert on an H100: the decoding and
+not the memory is what a next version has to make cheaper.
+
+Batch-invariance: a row's result is a function of that row alone. Every row is summed over one width in blocks of one
+size, in order, in float32; tiles follow from widths and type and never from the number of rows; nothing is added
+atomically; what several rows share (the gradients of low-rank matrices) is K3's, by segments of a unit.
+
+No value comes to the host (`tiles.py`). Types: float32 (for tests: products are IEEE, not TF32) and bfloat16, with
+float32 sums; a low-rank product is rounded to the rows' type before its second factor, as the reference does.
+
+Source: tiles over a device-made map after `triton_kernels` and MegaBlocks; the adjoint over the packed layout is ours.
+Left out: swizzled copies of the matrices (the released bytes stay as they are), tensor memory descriptors, a persistent
+grid, tiles by a run's rows an expert, the recomputation of the combination in the down product's epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from foedus_kernels import backend
+from foedus_kernels.device import clip
+from foedus_kernels.device.mxfp4 import decode_tile
+from foedus_kernels.device.tiles import Tiles, tiles_of, unit_offsets
+from foedus_kernels.expert_lora import Pair
+from foedus_kernels.mxfp4 import Mxfp4Weights
+from foedus_kernels.weights import ExpertWeights
+
+_ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, with one order of sums, serves all.
+_MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
+_COLUMNS = 1024  # A program's of `_combine_kernel` and `_weights_kernel`. Not measured.
+_RANK = 16  # A product needs 16 of each axis.
+
+
+class Blocks(NamedTuple):
+    """How a product is cut: a function of its widths and its type, never of its rows."""
+
+    rows: int
+    columns: int  # of the result
+    inner: int  # of the axis that is summed over
+    warps: int
+    stages: int
+
+
+def blocks_of(inner: int, dtype: torch.dtype) -> Blocks:
+    """The tiles of a product over a width. Not measured: the largest for which sm_80, sm_90 and sm_100 spill nothing.
+
+    128 rows a tile, because a tile of weights is decoded once for each tile of rows. The width is a multiple of 32.
+    """
+    if dtype == torch.float32:
+        return Blocks(rows=16, columns=64, inner=32, warps=4, stages=2)
+    return Blocks(rows=128, columns=128, inner=64 if inner % 64 == 0 else 32, warps=8, stages=3)
+
+
+@triton.jit
+def _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES: tl.constexpr, ROWS: tl.constexpr):
+    """A tile's rows in the sorted buffer, which of them there are, and their (token, choice)s: int64 (ROWS,)."""
+    row = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
+    there = row < tl.load(offsets_ptr + expert + 1)
+    return row, there, tl.load(order_ptr + row, mask=there, other=0)
+
+
+@triton.jit
+def _forward_kernel(
+    rows_ptr,
+    blocks_ptr,
+    scales_ptr,
+    bias_ptr,
+    low_ptr,
+    b_ptr,
+    order_ptr,
+    expert_ptr,
+    first_ptr,
+    offsets_ptr,
+    out_ptr,
+    inner_ptr,
+    scale,
+    alpha,
+    limit,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
+    ACTIVATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile of ``x W^T``. CHOICES > 0: rows are tokens, gathered. ACTIVATED: columns are gate and up in turn."""
+    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // across
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    if expert >= E:
+        return
+    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
+    source = row
+    if CHOICES > 0:
+        source = chosen // CHOICES
+    dtype = rows_ptr.dtype.element_ty
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < N
+    k = tl.arange(0, INNER)
+    matrix = expert * N + column
+    rows_at = rows_ptr + source[:, None] * K + k[None, :]  # (ROWS, INNER)
+    codes_at = blocks_ptr + matrix[:, None] * (K // 2) + tl.arange(0, INNER // 2)[None, :]
+    scales_at = scales_ptr + matrix[:, None] * (K // 32) + tl.arange(0, INNER // 32)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for _ in range(0, K, INNER):
+        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
+        codes = tl.load(codes_at, mask=inside[:, None], other=0)
+        scales = tl.load(scales_at, mask=inside[:, None], other=0)
+        weights = decode_tile(codes, scales, COLUMNS, INNER, dtype)
+        total = tl.dot(rows, tl.trans(weights), total, input_precision="ieee")
+        rows_at += INNER
+        codes_at += INNER // 2
+        scales_at += INNER // 32
+    if RANK > 0:
+        r = tl.arange(0, PADDED)
+        low = tl.load(low_ptr + row[:, None] * PADDED + r[None, :], mask=there[:, None], other=0.0)
+        pair = matrix - expert * N if SHARED else matrix
+        b_at = b_ptr + pair[:, None] * RANK + r[None, :]  # (COLUMNS, PADDED)
+        b = tl.load(b_at, mask=inside[:, None] & (r < RANK)[None, :], other=0.0)
+        total += scale * tl.dot(low, tl.trans(b), input_precision="ieee")
+    bias = tl.load(bias_ptr + matrix, mask=inside, other=0.0).to(tl.float32)
+    result = (total + bias[None, :]).to(dtype)
+    tl.store(out_ptr + row[:, None] * N + column[None, :], result, mask=there[:, None] & inside[None, :])
+    if ACTIVATED:
+        # From the rounded values, which are what the backward has.
+        gate, up = tl.split(tl.reshape(result.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        inner = (up + 1.0) * gate * _sigmoid(alpha * gate)
+        half = tl.program_id(0) % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        at = inner_ptr + row[:, None] * (N // 2) + half[None, :]
+        tl.store(at, inner.to(dtype), mask=there[:, None] & (half < N // 2)[None, :])
+
+
+@triton.jit
+def _adjoint_kernel(
+    rows_ptr,
+    blocks_ptr,
+    scales_ptr,
+    outer_ptr,
+    a_ptr,
+    order_ptr,
+    expert_ptr,
+    first_ptr,
+    offsets_ptr,
+    out_ptr,
+    gate_up_ptr,
+    weights_ptr,
+    inner_ptr,
+    partial_ptr,
+    scale,
+    alpha,
+    limit,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SLOPES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """A tile of ``g W``. SLOPES: of the down product, whose result goes on through the SwiGLU to gate and up."""
+    across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) // across
+    part = tl.program_id(0) % across
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    if expert >= E:
+        return
+    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
+    source = row
+    if CHOICES > 0:
+        source = chosen // CHOICES
+    dtype = rows_ptr.dtype.element_ty
+    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < K
+    code = part * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+    group = part * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
+    n = tl.arange(0, INNER)
+    matrix = expert * N + n
+    rows_at = rows_ptr + source[:, None] * N + n[None, :]  # (ROWS, INNER)
+    codes_at = blocks_ptr + matrix[:, None] * (K // 2) + code[None, :]
+    scales_at = scales_ptr + matrix[:, None] * (K // 32) + group[None, :]
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for _ in range(0, N, INNER):
+        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
+        codes = tl.load(codes_at, mask=(code < K // 2)[None, :], other=0)
+        scales = tl.load(scales_at, mask=(group < K // 32)[None, :], other=0)
+        total = tl.dot(rows, decode_tile(codes, scales, INNER, COLUMNS, dtype), total, input_precision="ieee")
+        rows_at += INNER
+        codes_at += INNER * (K // 2)
+        scales_at += INNER * (K // 32)
+    if RANK > 0:
+        r = tl.arange(0, PADDED)
+        outer = tl.load(outer_ptr + row[:, None] * PADDED + r[None, :], mask=there[:, None], other=0.0)
+        pair = r.to(tl.int64) if SHARED else expert * RANK + r
+        a_at = a_ptr + pair[:, None] * K + column[None, :]  # (PADDED, COLUMNS)
+        a = tl.load(a_at, mask=(r < RANK)[:, None] & inside[None, :], other=0.0)
+        total += scale * tl.dot(outer, a, input_precision="ieee")
+    here = there[:, None] & inside[None, :]
+    if SLOPES:
+        both = part * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        both_here = there[:, None] & (both < 2 * K)[None, :]
+        both_at = row[:, None] * (2 * K) + both[None, :]
+        gate_up = tl.load(gate_up_ptr + both_at, mask=both_here, other=0.0).to(tl.float32)
+        raw_gate, raw_up = tl.split(tl.reshape(gate_up, (ROWS, COLUMNS, 2)))
+        gate = tl.minimum(raw_gate, limit)
+        up = tl.minimum(tl.maximum(raw_up, -limit), limit) + 1.0
+        sigmoid = _sigmoid(alpha * gate)
+        glu = gate * sigmoid
+        tl.store(partial_ptr + row * across + part, tl.sum(total * (glu * up), 1), mask=there)
+        tl.store(inner_ptr + row[:, None] * K + column[None, :], (glu * up).to(dtype), mask=here)
+        total *= tl.load(weights_ptr + chosen, mask=there, other=0.0)[:, None]
+        # A clamp passes the gradient at its limit, as torch's does.
+        slope = sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
+        by_gate = tl.where(raw_gate > limit, 0.0, total * up * slope)
+        by_up = tl.where(tl.abs(raw_up) > limit, 0.0, total * glu)
+        result = tl.reshape(tl.join(by_gate, by_up), (ROWS, 2 * COLUMNS))
+        tl.store(out_ptr + both_at, result.to(dtype), mask=both_here)
+    else:
+        tl.store(out_ptr + row[:, None] * K + column[None, :], total.to(dtype), mask=here)
+
+
+@triton.jit
+def _sigmoid(x):
+    """Of float32, without an overflow on the way that would matter: exp(-x) may be infinite, its reciprocal is 0."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _narrow_kernel(
+    rows_ptr,
+    matrix_ptr,
+    order_ptr,
+    expert_ptr,
+    first_ptr,
+    offsets_ptr,
+    out_ptr,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
+    ALONG: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """``x M`` with a narrow M of each expert, or one of all; ALONG and ACROSS are its strides by K and by R."""
+    tile = tl.program_id(0)
+    expert = tl.load(expert_ptr + tile).to(tl.int64)
+    if expert >= E:
+        return
+    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
+    source = row
+    if CHOICES > 0:
+        source = chosen // CHOICES
+    k = tl.arange(0, INNER)
+    r = tl.arange(0, PADDED)
+    rows_at = rows_ptr + source[:, None] * K + k[None, :]
+    matrix_at = matrix_ptr + k[:, None] * ALONG + r[None, :] * ACROSS
+    if not SHARED:
+        matrix_at += expert * (K * RANK)
+    total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
+    for _ in range(0, K, INNER):
+        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
+        matrix = tl.load(matrix_at, mask=(r < RANK)[None, :], other=0.0)
+        total = tl.dot(rows, matrix, total, input_precision="ieee")
+        rows_at += INNER
+        matrix_at += INNER * ALONG
+    at = out_ptr + row[:, None] * PADDED + r[None, :]
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=there[:, None])
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr,
+    places_ptr,
+    weights_ptr,
+    out_ptr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Some columns of a token: its rows, times their weights, in the order of its choices."""
+    across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    token = (tl.program_id(0) // across).to(tl.int64)
+    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for choice in range(CHOICES):
+        place = tl.load(places_ptr + token * CHOICES + choice)
+        values = tl.load(rows_ptr + place * K + column, mask=column < K, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            values *= tl.load(weights_ptr + token * CHOICES + choice)
+        total += values
+    tl.store(out_ptr + token * K + column, total.to(out_ptr.dtype.element_ty), mask=column < K)
+
+
+@triton.jit
+def _weights_kernel(
+    partial_ptr,
+    grad_ptr,
+    bias_ptr,
+    ids_ptr,
+    places_ptr,
+    out_ptr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The gradient of one (token, choice)'s weight."""
+    chosen = tl.program_id(0).to(tl.int64)
+    token = chosen // CHOICES
+    expert = tl.load(ids_ptr + chosen)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, K, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        grad = tl.load(grad_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
+        total += grad * tl.load(bias_ptr + expert * K + column, mask=column < K, other=0.0).to(tl.float32)
+    part = tl.arange(0, PARTS_PADDED)
+    parts = tl.load(partial_ptr + tl.load(places_ptr + chosen) * PARTS + part, mask=part < PARTS, other=0.0)
+    tl.store(out_ptr + chosen, tl.sum(parts, 0) + tl.sum(total, 0))
+
+
+class _Layer(NamedTuple):
+    """What every launch of a call shares."""
+
+    tiles: Tiles
+    experts: int
+    choices: int
+    scale: float
+    alpha: float
+    limit: float
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        stack: Mxfp4Weights,
+        bias: torch.Tensor,
+        pair: Pair | None,
+        *,
+        gathered: bool,
+        inner: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``x W^T`` with all that follows it: (S, outs). With `inner` [S, outs / 2] also the SwiGLU, into it."""
+        _, outs, ins = stack.shape
+        blocks = blocks_of(ins, rows.dtype)
+        out = rows.new_empty(self.tiles.order.shape[0], outs)
+        low = None if pair is None else self.narrow(rows, pair.a.mT, gathered=gathered)  # (S, R)
+        self._launch(
+            _forward_kernel,
+            *(blocks, outs),
+            *(rows, *_packed(stack), _ready(bias), *_or(rows, low, None if pair is None else pair.b)),
+            *(*self.map(), out, rows if inner is None else inner, *self.constants()),
+            *(self.experts, outs, ins, self.choices if gathered else 0, *_rank(pair), inner is not None),
+        )
+        return out
+
+    def adjoint(
+        self,
+        rows: torch.Tensor,
+        stack: Mxfp4Weights,
+        pair: Pair | None,
+        outer: torch.Tensor | None,
+        *,
+        gathered: bool = False,
+    ) -> torch.Tensor:
+        """``g W`` and the pair's part of it: (S, ins)."""
+        _, _, ins = stack.shape
+        out = rows.new_empty(self.tiles.order.shape[0], ins)
+        self._adjoint(rows, stack, pair, outer, out, (rows,) * 4, gathered=gathered, slopes=False)
+        return out
+
+    def through_activation(
+        self,
+        grad: torch.Tensor,
+        stack: Mxfp4Weights,
+        pair: Pair | None,
+        outer: torch.Tensor | None,
+        gate_up: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``g W`` of the down product, through the SwiGLU: the gradient of gate and up (S, 2N), what they gave (S, N),
+        and each row's ``<g W, inner>`` by tile of columns."""
+        _, outs, ins = stack.shape
+        out, inner = torch.empty_like(gate_up), gate_up.new_empty(gate_up.shape[0], ins)
+        parts = triton.cdiv(ins, blocks_of(outs, grad.dtype).columns)
+        partial = gate_up.new_empty(gate_up.shape[0], parts, dtype=torch.float32)
+        self._adjoint(grad, stack, pair, outer, out, (gate_up, weights, inner, partial), gathered=True, slopes=True)
+        return out, inner, partial
+
+    def _adjoint(
+        self,
+        rows: torch.Tensor,
+        stack: Mxfp4Weights,
+        pair: Pair | None,
+        outer: torch.Tensor | None,
+        out: torch.Tensor,
+        beside: tuple[torch.Tensor, ...],
+        *,
+        gathered: bool,
+        slopes: bool,
+    ) -> None:
+        _, outs, ins = stack.shape
+        blocks = blocks_of(outs, rows.dtype)
+        self._launch(
+            _adjoint_kernel,
+            *(blocks, ins),
+            *(rows, *_packed(stack), *_or(rows, outer, None if pair is None else pair.a)),
+            *(*self.map(), out, *beside, *self.constants()),
+            *(self.experts, outs, ins, self.choices if gathered else 0, *_rank(pair), slopes),
+        )
+
+    def narrow(self, rows: torch.Tensor, matrix: torch.Tensor, *, gathered: bool) -> torch.Tensor:
+        """Rows with a narrow matrix [P, K, R] of each expert or of all: (S, R), R padded to 16 with zeros."""
+        pairs, width, rank = matrix.shape
+        blocks = blocks_of(width, rows.dtype)
+        padded = _padded(rank)
+        out = rows.new_empty(self.tiles.order.shape[0], padded)
+        _narrow_kernel[(self.tiles.expert.shape[0],)](
+            *(rows, matrix, *self.map(), out),
+            *(self.experts, width, self.choices if gathered else 0, rank, padded, pairs == 1, *matrix.stride()[1:]),
+            *(blocks.rows, blocks.inner),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+        return out
+
+    def combine(self, rows: torch.Tensor, like: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Each token's rows, times their weights: (S, K) -> (T, K)."""
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        tokens, width = out.shape
+        columns = min(_COLUMNS, triton.next_power_of_2(width))
+        _combine_kernel[(_programs(tokens * triton.cdiv(width, columns)),)](
+            *(rows, self.tiles.places, rows if weights is None else weights, out),
+            *(width, self.choices, weights is not None, columns),
+        )
+        return out
+
+    def weight_gradients(
+        self, partial: torch.Tensor, grad: torch.Tensor, bias: torch.Tensor, expert_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 (T, top-k)."""
+        out = partial.new_empty(expert_ids.shape)
+        width, parts = grad.shape[1], partial.shape[1]
+        _weights_kernel[(_programs(out.numel()),)](
+            *(partial, grad, _ready(bias), _ready(expert_ids), self.tiles.places, out),
+            *(width, self.choices, parts, triton.next_power_of_2(parts)),
+            min(_COLUMNS, triton.next_power_of_2(width)),
+        )
+        return out
+
+    def map(self) -> tuple[torch.Tensor, ...]:
+        """The tiles, as every kernel takes them."""
+        return self.tiles.order, self.tiles.expert, self.tiles.first, self.tiles.offsets
+
+    def constants(self) -> tuple[float, float, float]:
+        """Of the low-rank pairs and of the SwiGLU."""
+        return self.scale, self.alpha, self.limit
+
+    def _launch(self, kernel: triton.JITFunction, blocks: Blocks, columns: int, *arguments: object) -> None:
+        programs = _programs(self.tiles.expert.shape[0] * triton.cdiv(columns, blocks.columns))
+        kernel[(programs,)](
+            *(*arguments, blocks.rows, blocks.columns, blocks.inner),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+
+def forward(
+    hidden: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gate_up: ExpertWeights,
+    gate_up_bias: torch.Tensor,
+    down: ExpertWeights,
+    down_bias: torch.Tensor,
+    gate_up_a: torch.Tensor | None,
+    gate_up_b: torch.Tensor | None,
+    down_a: torch.Tensor | None,
+    down_b: torch.Tensor | None,
+    scale: float,
+    alpha: float,
+    limit: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator `experts_forward` on a GPU: the output [T, K], and gate and up of each row [T * top-k, 2N].
+
+    Raises:
+        ValueError: Another codec than MXFP4, another type than float32 and bfloat16, or tensors on several devices.
+    """
+    gate_up, down = _require(hidden, gate_up, down)
+    if not expert_ids.numel():
+        return torch.zeros_like(hidden), hidden.new_empty(0, gate_up.shape[1])
+    layer = _layer(hidden, expert_ids, down_bias, scale, alpha, limit)
+    hidden = _ready(hidden)
+    inner = hidden.new_empty(expert_ids.numel(), down.shape[2])  # (S, N)
+    pair = _pair(gate_up_a, gate_up_b, scale, hidden.dtype)
+    found = layer.forward(hidden, gate_up, gate_up_bias, pair, gathered=True, inner=inner)  # (S, 2N)
+    pair = _pair(down_a, down_b, scale, hidden.dtype)
+    outputs = layer.forward(inner, down, down_bias, pair, gathered=False)  # (S, K)
+    return layer.combine(outputs, hidden, _ready(expert_weights.float())), found
+
+
+def backward(
+    grad: torch.Tensor,
+    gate_up_rows: torch.Tensor,
+    hidden: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    down_bias: torch.Tensor,
+    gate_up_a: torch.Tensor | None,
+    gate_up_b: torch.Tensor | None,
+    down_a: torch.Tensor | None,
+    down_b: torch.Tensor | None,
+    scale: float,
+    alpha: float,
+    limit: float,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """The operator `experts_backward` on a GPU: the gradients of hidden, expert weights and four low-rank matrices.
+
+    Raises:
+        ValueError: As `forward`.
+    """
+    gate_up, down = _require(grad, gate_up, down)
+    shaped = (hidden, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
+    if not expert_ids.numel():
+        return [
+            torch.zeros_like(one, memory_format=torch.contiguous_format)
+            if need and one is not None
+            else grad.new_empty(0)
+            for one, need in zip(shaped, needs, strict=True)
+        ]
+    found = [grad.new_empty(0) for _ in needs]
+    layer = _layer(grad, expert_ids, down_bias, scale, alpha, limit)
+    grad, gate_up_rows = _ready(grad), _ready(gate_up_rows)
+    weights = _ready(expert_weights.float())
+    pair = _pair(down_a, down_b, scale, grad.dtype)
+    outer = layer.narrow(grad, pair.b, gathered=True) if pair else None  # (S, R)
+    slopes, inner, partial = layer.through_activation(grad, down, pair, outer, gate_up_rows, weights)
+    if needs[1]:
+        found[1] = layer.weight_gradients(partial, grad, down_bias, expert_ids).to(expert_weights.dtype)
+    if pair and outer is not None and (needs[4] or needs[5]):
+        by_row = weights.flatten().index_select(0, layer.tiles.order).unsqueeze(1).to(grad.dtype)  # (S, 1)
+        sorted_grad = _gathered(grad, layer).mul_(by_row) if needs[5] else None
+        found[4:6] = _pair_gradients(layer, expert_ids, down_a, pair, sorted_grad, outer * by_row, inner, needs[4:6])
+        del sorted_grad
+    del inner
+    if not any((needs[0], needs[2], needs[3])):
+        return found
+    pair = _pair(gate_up_a, gate_up_b, scale, grad.dtype)
+    outer = layer.narrow(slopes, pair.b, gathered=False) if pair else None
+    if pair and outer is not None and (needs[2] or needs[3]):
+        inputs = _gathered(_ready(hidden), layer)
+        found[2:4] = _pair_gradients(layer, expert_ids, gate_up_a, pair, slopes, outer, inputs, needs[2:4])
+        del inputs
+    if needs[0]:
+        found[0] = layer.combine(layer.adjoint(slopes, gate_up, pair, outer), hidden)
+    return found
+
+
+def _pair_gradients(
+    layer: _Layer,
+    expert_ids: torch.Tensor,
+    matrix: torch.Tensor | None,
+    pair: Pair,
+    grad: torch.Tensor | None,
+    outer: torch.Tensor,
+    inputs: torch.Tensor,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """The gradients of A and B, by the segments of `expert_lora.Segments`, without a value on the host.
+
+    Args:
+        layer: With the tiles of this call.
+        expert_ids: Its routing.
+        matrix: A as it was given: its shape says whether experts share the pair, and whether there are units.
+        pair: What is computed with.
+        grad: Rows g.  # (S, out)
+        outer: g B.  # (S, R padded)
+        inputs: Rows x.  # (S, in)
+        needs: Of A, of B.
+    """
+    if matrix is None:
+        raise ValueError("expected a low-rank pair, got none")
+    rank, pairs = pair.a.shape[1], pair.a.shape[0]
+    units = matrix.shape[0] if matrix.dim() == 4 else 1
+    if pairs == layer.experts and pairs > 1:
+        order, offsets = None, unit_offsets(expert_ids, layer.tiles, units, layer.experts)
+    else:
+        # Rows in the order of tokens: a unit's rows are neighbours, whichever experts they went to.
+        order = layer.tiles.places
+        offsets = torch.arange(units + 1, device=grad.device if grad is not None else outer.device)
+        offsets = offsets * (expert_ids.numel() // units)
+
+    def gradient(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if order is not None:
+            left, right = left.index_select(0, order), right.index_select(0, order)
+        found = clip.unit_gradients(left, right, offsets).mul_(pair.scale)
+        if matrix.dim() == 3:
+            return found
+        return found.view(pairs, units, *found.shape[1:]).transpose(0, 1).contiguous()
+
+    empty = outer.new_empty(0)
+    by_a = gradient(outer[:, :rank].contiguous(), inputs) if needs[0] else empty
+    if not needs[1] or grad is None:
+        return [by_a, empty]
+    low = layer.narrow(inputs, pair.a.mT, gathered=False)
+    return [by_a, gradient(grad, low[:, :rank].contiguous())]
+
+
+def _layer(
+    rows: torch.Tensor, expert_ids: torch.Tensor, bias: torch.Tensor, scale: float, alpha: float, limit: float
+) -> _Layer:
+    experts = bias.shape[0]
+    tiles = tiles_of(expert_ids, experts, blocks_of(_RANK, rows.dtype).rows)
+    return _Layer(tiles, experts, expert_ids.shape[1], scale, alpha, limit)
+
+
+def _gathered(values: torch.Tensor, layer: _Layer) -> torch.Tensor:
+    """Each sorted row's token: (T, D) -> (S, D)."""
+    return values.index_select(0, layer.tiles.order.div(layer.choices, rounding_mode="floor"))
+
+
+def _pair(a: torch.Tensor | None, b: torch.Tensor | None, scale: float, dtype: torch.dtype) -> Pair | None:
+    pair = Pair.of(a, b, scale, dtype)
+    return None if pair is None else Pair(_ready(pair.a), _ready(pair.b), scale)
+
+
+def _padded(rank: int) -> int:
+    return max(_RANK, triton.next_power_of_2(rank))
+
+
+def _rank(pair: Pair | None) -> tuple[int, int, bool]:
+    """RANK, PADDED and SHARED of a kernel."""
+    return (0, _RANK, False) if pair is None else (pair.a.shape[1], _padded(pair.a.shape[1]), pair.a.shape[0] == 1)
+
+
+def _or(instead: torch.Tensor, *given: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What a kernel takes where it reads nothing: any pointer."""
+    return tuple(instead if one is None else one for one in given)
+
+
+def _packed(stack: Mxfp4Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    return _ready(stack.blocks), _ready(stack.scales)
+
+
+def _ready(values: torch.Tensor) -> torch.Tensor:
+    """In memory as the kernels read it."""
+    if values.is_contiguous() and values.data_ptr() % _ALIGNMENT == 0:
+        return values
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+def _require(rows: torch.Tensor, gate_up: ExpertWeights, down: ExpertWeights) -> tuple[Mxfp4Weights, Mxfp4Weights]:
+    """The matrices, if the kernels take them and the rows."""
+    if not isinstance(gate_up, Mxfp4Weights) or not isinstance(down, Mxfp4Weights):
+        raise ValueError(
+            f"expected experts in MXFP4 on the fused path, got {type(gate_up).__name__} and {type(down).__name__}"
+        )
+    if rows.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"expected float32 or bfloat16 on the fused path, got {rows.dtype}")
+    if rows.device.type != "cuda" and not backend.interpreting():
+        raise ValueError(f"expected rows on a CUDA device on the fused path, got them on {rows.device}")
+    if rows.dtype != torch.float32 and backend.interpreting():
+        raise ValueError(f"expected float32 in Triton's interpreter, which gets {rows.dtype} wrong")
+    if not rows.device == gate_up.blocks.device == down.blocks.device:
+        raise ValueError(
+            f"expected rows and matrices on one device, got {rows.device}, {gate_up.blocks.device} and "
+            f"{down.blocks.device}"
+        )
+    return gate_up, down
+
+
+def _programs(count: int) -> int:
+    if count > _MOST_PROGRAMS:
+        raise ValueError(f"expected at most {_MOST_PROGRAMS} programs a launch, got {count}: pass fewer tokens")
+    return count
