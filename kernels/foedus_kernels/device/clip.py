@@ -42,7 +42,7 @@ _ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, 
 _GROUP = 4  # Wide tiles of one program of the norms. H100, 128 experts x 16 units x 5760: 12 programs a segment.
 _SEGMENTS = 128  # Norms that one program adds up.
 _MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
-_MOST_ROWS = 2**31 - 1  # A segment's rows are counted in 32 bits, from its own first one.
+_MOST_ROWS = 2**31 - 2**10  # A segment's rows are counted in 32 bits, in blocks, from its own first one.
 
 
 class Tiles(NamedTuple):
@@ -227,7 +227,9 @@ def unit_square_norms(left: torch.Tensor, right: torch.Tensor, offsets: torch.Te
     groups = triton.cdiv(triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins), _GROUP)
     partial = left.new_empty(groups, segments, dtype=torch.float64)
     norms = left.new_empty(segments, dtype=torch.float64)  # (S,)
-    if norms.numel():
+    if not norms.numel():
+        return norms
+    with torch.cuda.device_of(left):
         _partial_norms_kernel[(_programs(segments * groups),)](
             *(left, right, offsets, partial, left.shape[0], segments, outs, ins),
             *(tiles.rows, tiles.outs, tiles.ins, _GROUP),
@@ -277,12 +279,23 @@ def _launch_gradients(
     groups, outs, ins = result.shape
     tiles = tiles_of(outs, ins, left.dtype)
     programs = _programs(groups * triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins))
-    _gradients_kernel[(programs,)](
-        *(left, right, left if row_factors is None else row_factors, offsets, result, left.shape[0], units, outs, ins),
-        *(tiles.rows, tiles.outs, tiles.ins, row_factors is not None),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    with torch.cuda.device_of(left):
+        _gradients_kernel[(programs,)](
+            *(
+                left,
+                right,
+                left if row_factors is None else row_factors,
+                offsets,
+                result,
+                left.shape[0],
+                units,
+                outs,
+                ins,
+            ),
+            *(tiles.rows, tiles.outs, tiles.ins, row_factors is not None),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
 
 
 def _rows(

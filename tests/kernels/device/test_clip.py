@@ -6,9 +6,12 @@ import itertools
 
 import pytest
 import torch
-from foedus_kernels import clip
+from foedus_kernels import clip, expert_lora
 from foedus_kernels.device import clip as device
+from foedus_kernels.expert_lora import ExpertLora
+from foedus_kernels.experts import Gate, PackedExperts, experts_torch
 from foedus_kernels.testing import assert_close
+from foedus_kernels.weights import DenseWeights
 from support.mutants import mutant
 
 # Segments without rows, of one row, of a whole block of 16, of one more and one less, and of several blocks. A number
@@ -82,7 +85,7 @@ def test_a_norm_is_that_of_the_gradient_that_is_written(place) -> None:
     assert_close(norms, gradients.square().sum((1, 2)), max_relative=1e-14, rms=1e-14)
 
 
-def test_an_experts_bits_do_not_depend_on_other_experts(place) -> None:
+def test_an_countbits_do_not_depend_on_other_experts(place) -> None:
     left, right, offsets = rows_of([5, 12, 0, 20, 3, 3], (70, 8), place)
     factors = factors_of(2, place)
     together = device.clipped_gradient(left, right, offsets, factors)
@@ -188,6 +191,43 @@ def test_no_launch_waits_for_the_device() -> None:
         device.clipped_gradient(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_units_of_a_layer_of_countget_their_own_gradients(pairs, place, close, monkeypatch) -> None:
+    """Through autograd, as training calls it: the experts' backward over device code against over the reference.
+
+    Three experts, one of which nobody is routed to; three units of 4 tokens; a pair each, and one that all share.
+    """
+    where, dtype = place
+    generator = torch.Generator().manual_seed(4)
+    count, ins, inner, rank, units, tokens = 3, 32, 24, 8, 3, 4
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).mul(0.4).to(where, dtype)
+
+    layer = PackedExperts(
+        DenseWeights(normal(count, 2 * inner, ins)),
+        normal(count, 2 * inner),
+        DenseWeights(normal(count, ins, inner)),
+        normal(count, ins),
+    )
+    shapes = ((rank, ins), (2 * inner, rank), (rank, inner), (ins, rank))
+    wide = [normal(pairs, *shape).expand(units, -1, -1, -1).requires_grad_() for shape in shapes]
+    hidden, chosen = normal(units * tokens, ins), torch.rand(units * tokens, 2, generator=generator).to(where, dtype)
+    ids = torch.randint(0, 2, (units * tokens, 2), generator=generator).mul(2).to(where)  # Never expert 1.
+
+    def gradients():
+        out = experts_torch(hidden, ids, chosen, layer, Gate(), ExpertLora(*wide, scale=1.5))
+        return torch.autograd.grad(out.float().square().sum(), wide)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_lora, "unit_gradients_torch", clip.unit_gradients_torch._init_fn)
+        want = gradients()
+        patch.setattr(expert_lora, "unit_gradients_torch", device.unit_gradients)
+        got = gradients()
+    for mine, other in zip(got, want, strict=True):
+        assert_close(mine, other, **close)
 
 
 # --- Kernels with one fault -------------------------------------------------------------------------------------------
