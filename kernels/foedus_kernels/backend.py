@@ -16,11 +16,17 @@ travels as an argument of the operators (`experts.py`), because autograd's threa
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
+
+_LOG = logging.getLogger(__name__)
 
 DEQUANTISED = "dequantised"
 FUSED = "fused"
@@ -110,3 +116,11 @@ def missing_for_kernels(device: torch.device, *, interpreted: bool = False) -> s
     if capability < _CAPABILITY:
         return f"a GPU of compute capability {capability}, and its kernels need {_CAPABILITY}"
     return None
+
+
+@cache
+def device_code(name: str, device: torch.device) -> ModuleType | None:
+    """The module `foedus_kernels.device.NAME`, or None where it cannot run; asked once a device, and said once."""
+    missing = missing_for_kernels(device)
+    _LOG.info("%s on %s: %s", name, device, "in Triton" if missing is None else f"by the reference: {missing}")
+    return importlib.import_module(f"foedus_kernels.device.{name}") if missing is None else None

@@ -17,24 +17,18 @@ way of the Gram matrix, ``sum_ij (l_i . l_j) (r_i . r_j)``, cancels: in float32 
 in float64 here, for short segments alone, and no clip of a private run rests on it.
 
 Where the rows lie on a CUDA device the three operators run `device/clip.py`, which keeps no G_s for a norm and brings
-no offset to the host, if `backend.missing_for_kernels` finds nothing missing: a property of the machine, the same for
+no offset to the host, if `backend.device_code` finds nothing missing: a property of the machine, the same for
 every batch of a run. In float64, in which gradients are checked, the reference runs everywhere.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import logging
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 
 import torch
 
 from foedus_kernels import backend
-
-_LOG = logging.getLogger(__name__)
 
 DEVICE_TYPES = (torch.float32, torch.bfloat16)  # Of rows that device code takes.
 _ALIGNMENT = 64  # Bytes: what torch's CPU allocator gives, and a cache line.
@@ -53,18 +47,10 @@ def _operator(name: str) -> Callable[[Callable[..., torch.Tensor]], torch.librar
 
 def _on_cuda(name: str, reference: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def chosen(left: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        code = _device_code(left.device) if left.dtype in DEVICE_TYPES else None
+        code = backend.device_code("clip", left.device) if left.dtype in DEVICE_TYPES else None
         return (reference if code is None else getattr(code, name))(left, *rest)
 
     return chosen
-
-
-@cache
-def _device_code(device: torch.device) -> ModuleType | None:
-    """K3 in Triton, or None where it cannot run; asked once a device, and said once."""
-    missing = backend.missing_for_kernels(device)
-    _LOG.info("clipping on %s: %s", device, "in Triton" if missing is None else f"by the reference: {missing}")
-    return importlib.import_module("foedus_kernels.device.clip") if missing is None else None
 
 
 @_operator("unit_gradients")

@@ -19,6 +19,7 @@ from functools import cache
 
 import torch
 
+from foedus_kernels import backend
 from foedus_kernels.weights import computes_here, pick
 
 GROUP = 32
@@ -127,6 +128,15 @@ def decode_torch(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype)
 torch.library.define("foedus::mxfp4_decode", "(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor")
 torch.library.impl("foedus::mxfp4_decode", "default", decode_torch)
 _operator = torch.ops.foedus.mxfp4_decode.default
+
+
+def _decode_on_cuda(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """K0 in Triton where the machine can, which has the reference's bits."""
+    code = backend.device_code("mxfp4", blocks.device)
+    return decode_torch(blocks, scales, dtype) if code is None else code.decode(blocks, scales, dtype)
+
+
+torch.library.impl("foedus::mxfp4_decode", "cuda", _decode_on_cuda)
 
 
 @torch.library.register_fake("foedus::mxfp4_decode")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
-from foedus_kernels import backend
+from foedus_kernels import backend, clip, mxfp4
 
 
 @pytest.fixture
@@ -76,3 +78,29 @@ def test_what_is_no_path_is_refused() -> None:
         backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fast")
     with pytest.raises(ValueError, match="expected a number of rows"):
         backend.choose(device="cpu", codec="mxfp4", rows=-1)
+
+
+def test_operators_run_device_code_on_cuda_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card: the choice alone, on tensors of a CPU, of K0 and K3. Float64 stays with the reference."""
+    asked = []
+    code = SimpleNamespace(unit_gradients=lambda *given: ("device", *given), decode=lambda *given: ("device", *given))
+    monkeypatch.setattr(backend, "device_code", lambda name, device: asked.append(name) or code)
+    chosen = clip._on_cuda("unit_gradients", lambda *given: ("reference", *given))
+    for dtype, who in ((torch.float32, "device"), (torch.bfloat16, "device"), (torch.float64, "reference")):
+        left = torch.ones(2, 3, dtype=dtype)
+        assert chosen(left, left, "offsets") == (who, left, left, "offsets")
+    stored = mxfp4.encode(torch.ones(2, 32))
+    assert mxfp4._decode_on_cuda(*stored, torch.float32) == ("device", *stored, torch.float32)
+    assert asked == ["clip", "clip", "mxfp4"]
+    monkeypatch.setattr(backend, "device_code", lambda *_: None)
+    assert chosen(left.float(), left, "offsets")[0] == "reference"
+    assert torch.equal(mxfp4._decode_on_cuda(*stored, torch.float32), torch.ones(2, 32))
+
+
+def test_device_code_is_looked_for_once_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    backend.device_code.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        assert [backend.device_code("clip", torch.device("cpu")) for _ in range(2)] == [None, None]
+    assert [record.getMessage() for record in caplog.records] == [
+        "clip on cpu: by the reference: the device cpu, and its kernels run on a GPU"
+    ]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from foedus_kernels import clip
 from foedus_kernels.clip import (
     clipped_gradient_torch,
     segment_offsets,
@@ -140,20 +137,6 @@ def test_a_unit_of_factor_zero_takes_no_part_whatever_its_rows_hold() -> None:
     left[3], right[4], right[7] = torch.nan, torch.inf, -torch.inf  # Of the second unit.
     assert torch.equal(clipped_gradient_torch(left, right, offsets, factors), want)
     assert torch.isfinite(unit_square_norms_torch(left, right, offsets)).tolist() == [True, False, True, False]
-
-
-def test_on_cuda_the_device_code_of_a_name_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a card: the choice alone, with tensors of a CPU."""
-    left, right, offsets = rows_of([2, 3], (7, 5))
-    code = SimpleNamespace(unit_gradients=lambda *given: ("device", *given))
-    chosen = clip._on_cuda("unit_gradients", lambda *given: ("reference", *given))
-    assert clip._device_code(torch.device("cpu")) is None
-    assert chosen(left, right, offsets)[0] == "reference"
-    monkeypatch.setattr(clip, "_device_code", lambda _: code)
-    for dtype, who in ((torch.float32, "device"), (torch.bfloat16, "device"), (torch.float64, "reference")):
-        got = chosen(left.to(dtype), right.to(dtype), offsets)
-        assert got[0] == who
-        assert got[3] is offsets
 
 
 def test_a_floating_point_sum_has_no_sensitivity() -> None:
