@@ -42,7 +42,7 @@ def fit(
         "targets": targets,
         "rank": rank,
         "limit": limit,
-        "fits": None if limit is None else any(one.fits and one.available for one in found.remedies),
+        "fits": None if limit is None else any(one.fits for one in found.remedies),
         "weights": dict(found.weights),
         "adapter": found.adapter,
         "driver_assumed": found.driver,
@@ -50,10 +50,14 @@ def fit(
         "activations_with_fused_attention": found.fused,
         "activations_with_both": found.checkpointed,
         "layer_inputs": found.kept,
-        "remedies": [
-            {"name": one.name, "bytes": one.bytes, "fits": one.fits, "in_this_version": one.available}
-            for one in found.remedies
-        ],
+        "remedies": [{"name": one.name, "bytes": one.bytes, "fits": one.fits} for one in found.remedies],
+        "streaming": None
+        if found.stream is None
+        else {
+            "ring": found.stream.ring_bytes,
+            "link_a_pass": found.stream.link_bytes,
+            "host_a_unit": found.stream.host_peak,
+        },
     }
     emit(result, output, lambda console: _print(console, result))
 
@@ -85,11 +89,18 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     for name, count in rows.items():
         parts.add_row(name, f"{count:,}", in_units(count))
     console.print(parts)
-    ways = Table("way", "peak", "fits", "in this version")
+    ways = Table("way", "peak", "fits")
     for one in result["remedies"]:
         fits = "" if one["fits"] is None else "yes" if one["fits"] else "no"
-        ways.add_row(one["name"], in_units(one["bytes"]), fits, "yes" if one["in_this_version"] else "no")
+        ways.add_row(one["name"], in_units(one["bytes"]), fits)
     console.print(ways)
+    if result["streaming"] is not None:
+        ring, link, host = (in_units(result["streaming"][name]) for name in ("ring", "link_a_pass", "host_a_unit"))
+        console.print(
+            f"Streamed, {link} cross the link in each pass, through a ring of {ring}; for each unit of such a pass "
+            f"{host} wait on the host. FOEDUS_STREAMING says how many units share a pass (docs/tuning.md).",
+            soft_wrap=True,
+        )
     if result["fits"] is not None:
         verdict = "fits" if result["fits"] else "does not fit"
         console.print(

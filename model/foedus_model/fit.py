@@ -31,6 +31,8 @@ from foedus_model.loss import losses_at
 from foedus_model.parts import by_part
 from foedus_model.quantize import quantised_config
 from foedus_model.recompute import recompute_layers
+from foedus_model.stream_plan import Load
+from foedus_model.streaming import planned
 
 DRIVER = 512 << 20
 """Bytes of a GPU that its driver and libraries take before a tensor is made: assumed, not measured."""
@@ -44,13 +46,11 @@ class Remedy:
         name: What is done.
         bytes: The step's peak.
         fits: Whether that is within the limit; None without one.
-        available: Whether this version can do it.
     """
 
     name: str
     bytes: int
     fits: bool | None
-    available: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,11 @@ class Fit:
         activations: The peak of everything that the step makes but the gradients, decoded matrices among it.
         fused: The same with fused attention.
         checkpointed: The same with fused attention and layers that are computed again.
-        kept: The layers' inputs that checkpointing keeps; offload would hold them on the host.
+        kept: The layers' inputs that checkpointing keeps; offload holds all but one on the host.
         driver: `DRIVER` with a GPU, else 0.
-        remedies: Plain first; each adds to the one before.
+        remedies: Plain first; each adds to the one before. Streaming is not among them where the base is dense or each
+            expert has an adapter of its own.
+        stream: A streamed pass of this one unit, or None.
     """
 
     weights: Mapping[str, int]
@@ -76,6 +78,7 @@ class Fit:
     kept: int
     driver: int
     remedies: tuple[Remedy, ...]
+    stream: Load | None
 
 
 def fit(
@@ -127,15 +130,21 @@ def fit(
     fixed = adapter + driver
     resident = sum(weights.values())
     layers = int(described["num_hidden_layers"])
-    kept = layers * tokens * int(described["hidden_size"]) * dtype.itemsize
-    streamed = resident - weights["experts"] + min(2, layers) * weights["experts"] // layers
-    ways = (
-        ("as it is", resident + fixed + plain, True),
-        ("fused attention", resident + fixed + fused, True),
-        ("fused attention, checkpointing", resident + fixed + again, True),
-        ("the same, offload of the layers' inputs", resident + fixed + again - kept, False),
-        ("the same, offload, streaming of experts", streamed + fixed + again - kept, False),
-    )
+    inputs = tokens * int(described["hidden_size"]) * dtype.itemsize  # Of one layer.
+    kept = layers * inputs
+    # Of what waits on the host, the input of the layer at work is on the device again.
+    offloaded = again - kept + inputs
+    layout = adapter_layout(described, targets=targets, rank=rank)
+    stream = planned(described, layout, tokens=tokens, dtype=dtype)
+    ways = [
+        ("as it is", resident + fixed + plain),
+        ("fused attention", resident + fixed + fused),
+        ("fused attention, checkpointing", resident + fixed + again),
+        ("the same, offload of the layers' inputs", resident + fixed + offloaded),
+    ]
+    if stream is not None:
+        load, stays = stream
+        ways.append(("the same, streaming of layers", stays + load.ring_bytes + fixed + offloaded))
     return Fit(
         weights=weights,
         adapter=adapter,
@@ -145,9 +154,9 @@ def fit(
         kept=kept,
         driver=driver,
         remedies=tuple(
-            Remedy(name=name, bytes=count, fits=None if limit is None else count <= limit, available=there)
-            for name, count, there in ways
+            Remedy(name=name, bytes=count, fits=None if limit is None else count <= limit) for name, count in ways
         ),
+        stream=None if stream is None else stream[0],
     )
 
 

@@ -13,7 +13,7 @@ vector for every unit would not fit a host (they need clipping by layer), and Ad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,20 +22,27 @@ import numpy as np
 import torch
 from foedus_kernels.experts import PackedExperts
 from foedus_protocols.errors import ConfigError
+from foedus_protocols.layout import Layout
 from numpy.typing import NDArray
 from torch import nn
 
+from foedus_model.build import empty_model
 from foedus_model.experts import QuantisedExperts
 from foedus_model.loss import Batch, UnitLoss, head_losses
 from foedus_model.parts import in_units
 from foedus_model.recompute import kept, recompute_layers
+from foedus_model.stream_layers import Rest, host_embeddings, rest_bytes
 from foedus_model.stream_plan import Backward, Collect, Embed, Fetch, Forward, Free, Head, Load, Offload, Step, steps
-from foedus_model.stream_ring import Ring
+from foedus_model.stream_ring import Ring, require_cuda
 
 CHUNK_BYTES = 64 << 20
 """The most that a chunk takes, one expert at least: 4 of gpt-oss's experts. Requests of this size reach a link's and a
 disk's full rate (not measured here)."""
 
+REST = "rest"
+"""What the ring calls the shares of a layer that are no experts."""
+
+_VALUE = 4  # Bytes of a vector's float32; on the device a gradient of bfloat16 takes half of that for a moment.
 _AHEAD = 4  # A quarter of a layer, one chunk at least, is fetched while a layer is computed.
 
 
@@ -59,7 +66,7 @@ class RingShape:
 
         Args:
             experts: E.
-            layer_bytes: Of a layer's experts as they are stored.
+            layer_bytes: Of a layer, as far as it streams.
         """
         fits = [count for count in range(1, experts + 1) if experts % count == 0]
         per_chunk = max((count for count in fits if count * layer_bytes <= CHUNK_BYTES * experts), default=1)
@@ -68,7 +75,12 @@ class RingShape:
 
 
 def stream_experts(
-    model: Any, trained: Sequence[nn.Parameter], *, units: int, shape: RingShape | None = None
+    model: Any,
+    trained: Sequence[nn.Parameter],
+    *,
+    units: int,
+    shape: RingShape | None = None,
+    whole: bool | None = None,
 ) -> Streamer:
     """Have a model's experts stream through a ring on its device, from now on.
 
@@ -77,7 +89,9 @@ def stream_experts(
             them there), and with its adapter; changed in place.
         trained: The adapter's trained matrices, in the vector's order.
         units: Units that share a pass, at most: host memory for throughput.
-        shape: The ring's; by default `RingShape.of` the model's experts.
+        shape: The ring's; by default `RingShape.of` the model's layers.
+        whole: Have the rest of each layer and the embeddings on the host, too; by default on a GPU. The model's
+            parameters are then views of one buffer: do not read or save them between layers.
 
     Raises:
         ConfigError: Experts that are not quantised, an adapter with a pair for each expert, a matrix outside the
@@ -97,15 +111,64 @@ def stream_experts(
             )
     stored = [module.stored() for module in modules]
     device = model.model.norm.weight.device
+    experts = next(iter(stored[0].values())).shape[0]
+    rest = None
+    if device.type != "cpu":
+        require_cuda(device)  # Before anything is changed.
+    if device.type != "cpu" if whole is None else whole:
+        rest = Rest(model.model.layers, experts)
+        host_embeddings(model)
+        stored = [layer | {REST: shares} for layer, shares in zip(stored, rest.shares, strict=True)]
     if shape is None:
-        experts = next(iter(stored[0].values())).shape[0]
         shape = RingShape.of(experts, sum(tensor.nbytes for tensor in stored[0].values()))
     ring = Ring(stored, per_chunk=shape.per_chunk, slots=shape.slots, device=device)
     streamer = Streamer(model, trained, ring, units=units)
     for number, module in enumerate(modules):
         module.elsewhere = _in_ring(module, number, ring)
+        if rest is not None:  # The first module of a layer to run, in a second run of the layer as well.
+            first = model.model.layers[number].input_layernorm
+            first.register_forward_pre_hook(_gathering(rest, number, ring))
     recompute_layers(model)
     return streamer
+
+
+def planned(
+    described: Mapping[str, Any], layout: Layout, *, tokens: int, dtype: torch.dtype
+) -> tuple[Load, int] | None:
+    """What streaming would take on a GPU, before a weight is there.
+
+    Args:
+        described: The ``config.json``.
+        layout: The adapter's.
+        tokens: Of the one unit of the pass.
+        dtype: The compute type.
+
+    Returns:
+        The pass, and the weights' bytes that stay on the device beside its ring; None where this base or adapter cannot
+        stream.
+    """
+    model = empty_model(described, dtype)
+    layers = model.model.layers
+    if not isinstance(layers[0].mlp.experts, QuantisedExperts) or any(
+        len(tensor.shape) == 3 and tensor.shape[0] > 1 for tensor in layout.tensors
+    ):
+        return None
+    stored = layers[0].mlp.experts.stored().values()
+    experts = model.config.num_local_experts
+    rest = rest_bytes(layers[0], experts)
+    layer_bytes = rest + sum(tensor.nbytes for tensor in stored)
+    shape = RingShape.of(experts, layer_bytes)
+    load = Load(
+        chunks=((layer_bytes // shape.chunks,) * shape.chunks,) * len(layers),
+        slots=shape.slots,
+        hidden=(tokens * model.config.hidden_size * dtype.itemsize,),
+        gradients=tuple(_trained_bytes(layout, number) for number in range(len(layers))),
+    )
+    return load, rest + model.model.norm.weight.nbytes + model.lm_head.weight.nbytes
+
+
+def _trained_bytes(layout: Layout, layer: int) -> int:
+    return _VALUE * sum(one.size for one in layout.trained() if f".layers.{layer}." in one.name)
 
 
 def _in_ring(
@@ -119,6 +182,11 @@ def _in_ring(
         return module.pack(ring.stacks, *biases), rows[ids]
 
     return place
+
+
+def _gathering(rest: Rest, layer: int, ring: Ring) -> Callable[[nn.Module, Any], None]:
+    """A hook that makes a layer the one at work."""
+    return lambda *_: rest.gather(layer, ring.stacks[REST], ring.rows(layer)[0])
 
 
 class Streamer:
@@ -185,7 +253,7 @@ class Streamer:
             chunks=((self._ring.chunk_bytes,) * self._ring.chunks,) * self._ring.layers,
             slots=self._ring.slots,
             hidden=tuple(batch.tokens.numel() * size for batch in batches),
-            gradients=tuple(sum(one.nbytes for one, _ in matrices) for matrices in self._trained),
+            gradients=tuple(_VALUE * sum(one.numel() for one, _ in matrices) for matrices in self._trained),
         )
 
     def close(self) -> None:

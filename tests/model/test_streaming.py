@@ -119,6 +119,54 @@ def test_gradients_are_those_of_one_unit_a_forward(
     assert digests(folder) == before
 
 
+@pytest.mark.parametrize("quantisation", ["mxfp4", "nf4"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_whole_layers_stream_to_the_same_gradients(
+    deep: Callable[[str], Path], kind: dict[str, Any], quantisation: str, closing: list[Streamer]
+) -> None:
+    """As on a GPU: the rest of each layer through the ring and the embeddings on the host."""
+    adapter = adapted(deep(quantisation), **kind)
+    expected = [unit_gradient(adapter, unit.records) for unit in UNITS]
+    scored = token_losses(adapter.model, batches()[1])[0]
+    streamer = stream_experts(adapter.model, adapter.trained, units=4, shape=SHAPE, whole=True)
+    closing.append(streamer)
+    np.testing.assert_array_equal(streamer.gradients(batches(), unit_loss), expected)
+    np.testing.assert_array_equal([unit_gradient(adapter, unit.records) for unit in UNITS], expected)
+    assert torch.equal(token_losses(adapter.model, batches()[1])[0], scored)
+    at_rest = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in [
+            *adapter.model.model.layers.named_parameters(),
+            *adapter.model.model.layers.named_buffers(),
+        ]
+        if "lora" not in name and not name.endswith(("_blocks", "_scales", "_codes"))
+    }
+    assert len(at_rest) == 1, "one buffer holds the layer at work, none any other"
+    (count,) = at_rest.values()
+    assert count == streamer._ring.stacks[streaming.REST][:16].nbytes
+
+
+def test_a_rest_of_another_layer_is_noticed(
+    deep: Callable[[], Path], closing: list[Streamer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapted(deep())
+    expected = np.stack([unit_gradient(adapter, unit.records) for unit in UNITS])
+    own, left = streaming.Rest.gather, [6]
+
+    def once_less(rest: Any, *args: Any) -> None:
+        left[0] -= rest._layer != args[0]
+        if left[0]:
+            own(rest, *args)
+        else:
+            rest._layer = args[0]
+
+    monkeypatch.setattr(streaming.Rest, "gather", once_less)
+    streamer = stream_experts(adapter.model, adapter.trained, units=4, shape=SHAPE, whole=True)
+    closing.append(streamer)
+    found = streamer.gradients(batches(), unit_loss)
+    assert np.linalg.norm(found - expected) > 1e-2 * np.linalg.norm(expected)
+
+
 def test_a_unit_does_not_depend_on_who_shares_its_pass(deep: Callable[[], Path], closing: list[Streamer]) -> None:
     adapter = adapted(deep())
     streamer = stream_experts(adapter.model, adapter.trained, units=4, shape=SHAPE)
@@ -129,6 +177,21 @@ def test_a_unit_does_not_depend_on_who_shares_its_pass(deep: Callable[[], Path],
     np.testing.assert_array_equal(together, backwards)
     np.testing.assert_array_equal(together, alone)
     assert streamer.gradients([], unit_loss).shape == (0, together.shape[1])
+
+
+@pytest.mark.parametrize("quantisation", ["mxfp4", "nf4"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_fit_says_is_what_streams(
+    deep: Callable[[str], Path], kind: dict[str, Any], quantisation: str, closing: list[Streamer]
+) -> None:
+    folder = deep(quantisation)
+    adapter = adapted(folder, **kind)
+    found = streaming.planned(read_config(folder), adapter.layout, tokens=40, dtype=torch.float32)
+    assert found is not None
+    closing.append(stream_experts(adapter.model, adapter.trained, units=1, whole=True))
+    assert found[0] == closing[0].load(batches(UNITS[:1]))
+    head = adapter.model.lm_head.weight.nbytes + adapter.model.model.norm.weight.nbytes
+    assert found[1] == head + closing[0]._ring.stacks[streaming.REST][:16].nbytes
 
 
 @pytest.mark.parametrize("slots", [4, 5, 8, 16])
