@@ -4,16 +4,15 @@ Rows are sorted by (expert, unit), so that a unit's share of an expert's gradien
 (`foedus_kernels.clip`). With m rows in a segment and b bytes a value, what a segment costs::
 
                         reads            writes          FLOPs
-    unit_gradients      m (N + R) b      4 or 2 N R      2 m N R     one program a tile of G_s
+    unit_gradients      m (N + R) b      N R b           2 m N R     one program a tile of G_s
     unit_square_norms   m (N + R) b      8 a group       2 m N R     tiles of G_s in registers, squares in float64
     clipped_gradient    m (N + R) b      (b N R) / U     2 m N R     one product of an expert's rows
 
-The wide side is read once. The narrow side, of width R, is read once a tile of the wide one, which adds R / 128 of the
-wide side's bytes. All three make a tile of a gradient in one function, `_tile`, hence to the same bits: rows in blocks
+The wide side is read once. The narrow side, of width R, is read once a tile of the wide one, mostly from the cache. All three make a tile of a gradient in one function, `_tile`, hence to the same bits: rows in blocks
 counted from the segment's own first row, products and their sums in float32, blocks in order.
 
 Batch-invariance: a segment's result is a function of its own rows. No program reads two segments, nothing is added
-atomically, the tiles follow from N, R and the type, and the compiled code from these too: N and R are constants of it,
+atomically, the tiles follow from N and R, and the compiled code from these and the type: N and R are constants of it,
 the number of rows and of segments is not, and rows lie at addresses of one alignment. The bits of a norm are those of
 the gradient that `unit_gradients` writes, squared and added in float64: tiles in order, groups of tiles in order. A
 Gram matrix, which cancels, appears nowhere.
@@ -39,14 +38,14 @@ import triton.language as tl
 from foedus_kernels import clip
 
 _ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, with one order of sums, serves all.
-_GROUP = 4  # Wide tiles of one program of the norms. H100, 128 experts x 16 units x 5760: 12 programs a segment.
-_SEGMENTS = 128  # Norms that one program adds up.
+GROUP = 4  # Wide tiles of one program of the norms. H100, 128 experts x 16 units x 5760: 12 programs a segment.
+SEGMENTS = 128  # Norms that one program adds up.
 _MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
 _MOST_ROWS = 2**31 - 2**10  # A segment's rows are counted in 32 bits, in blocks, from its own first one.
 
 
 class Tiles(NamedTuple):
-    """How one program's part of a gradient is cut: a function of its shape and type alone."""
+    """How one program's part of a gradient is cut: a function of its shape alone."""
 
     rows: int  # Rows of a segment that are multiplied at once.
     outs: int  # Of N.
@@ -55,18 +54,18 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles_of(outs: int, ins: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of an [N, R] gradient. Not measured: chosen so that sm_80, sm_90 and sm_100 spill no register.
+def tiles_of(outs: int, ins: int) -> Tiles:
+    """The tiles of an [N, R] gradient. Not measured; no register of sm_80, sm_90 and sm_100 spills, in either type.
 
-    A product needs 16 of each axis, so a rank below 16 is padded. The wide side takes 128, so that a rank of 16 adds an
-    eighth to what is read. Segments have few rows (16 units of 512 tokens over 128 experts: 1 on average), hence few
-    rows at once: one step of a bfloat16 product has 16.
+    A product needs 16 of each axis, so a rank below 16 is padded. Beside a rank of 16 the wide side takes 128, so that
+    the rank's rows, read for each tile, add an eighth to what is read. Segments have few rows (one unit of 512 tokens
+    has 16 rows of each of 128 experts), hence few rows at once: one step of a bfloat16 product has 16.
     """
     rows = 16
     narrow = max(16, min(64, triton.next_power_of_2(min(outs, ins))))
-    wide = max(16, min(128 if narrow <= 32 else 64, triton.next_power_of_2(max(outs, ins))))
+    wide = max(16, min(128 if narrow == 16 else 64, triton.next_power_of_2(max(outs, ins))))
     tile = (wide, narrow) if outs >= ins else (narrow, wide)
-    return Tiles(rows, *tile, warps=4, stages=3 if dtype == torch.bfloat16 else 2)
+    return Tiles(rows, *tile, warps=4, stages=3)
 
 
 @triton.jit
@@ -223,8 +222,8 @@ def unit_square_norms(left: torch.Tensor, right: torch.Tensor, offsets: torch.Te
     """
     left, right, offsets = _rows(left, right, offsets)
     segments, outs, ins = offsets.numel() - 1, left.shape[1], right.shape[1]
-    tiles = tiles_of(outs, ins, left.dtype)
-    groups = triton.cdiv(triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins), _GROUP)
+    tiles = tiles_of(outs, ins)
+    groups = triton.cdiv(triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins), GROUP)
     partial = left.new_empty(groups, segments, dtype=torch.float64)
     norms = left.new_empty(segments, dtype=torch.float64)  # (S,)
     if not norms.numel():
@@ -232,11 +231,11 @@ def unit_square_norms(left: torch.Tensor, right: torch.Tensor, offsets: torch.Te
     with torch.cuda.device_of(left):
         _partial_norms_kernel[(_programs(segments * groups),)](
             *(left, right, offsets, partial, left.shape[0], segments, outs, ins),
-            *(tiles.rows, tiles.outs, tiles.ins, _GROUP),
+            *(tiles.rows, tiles.outs, tiles.ins, GROUP),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-        _sum_kernel[(triton.cdiv(segments, _SEGMENTS),)](partial, norms, segments, groups, _SEGMENTS)
+        _sum_kernel[(triton.cdiv(segments, SEGMENTS),)](partial, norms, segments, groups, SEGMENTS)
     return norms
 
 
@@ -277,7 +276,7 @@ def _launch_gradients(
     if not result.numel():
         return
     groups, outs, ins = result.shape
-    tiles = tiles_of(outs, ins, left.dtype)
+    tiles = tiles_of(outs, ins)
     programs = _programs(groups * triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins))
     with torch.cuda.device_of(left):
         _gradients_kernel[(programs,)](
