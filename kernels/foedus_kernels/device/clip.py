@@ -8,8 +8,9 @@ Rows are sorted by (expert, unit), so that a unit's share of an expert's gradien
     unit_square_norms   m (N + R) b      8 a group       2 m N R     tiles of G_s in registers, squares in float64
     clipped_gradient    m (N + R) b      (b N R) / U     2 m N R     one product of an expert's rows
 
-The wide side is read once. The narrow side, of width R, is read once a tile of the wide one, mostly from the cache. All three make a tile of a gradient in one function, `_tile`, hence to the same bits: rows in blocks
-counted from the segment's own first row, products and their sums in float32, blocks in order.
+The wide side is read once. The narrow side, of width R, is read once a tile of the wide one, mostly from the cache. All
+three make a tile of a gradient in one function, `_tile`, hence to the same bits: rows in blocks counted from the
+segment's own first row, products and their sums in float32, blocks in order.
 
 Batch-invariance: a segment's result is a function of its own rows. No program reads two segments, nothing is added
 atomically, the tiles follow from N and R, and the compiled code from these and the type: N and R are constants of it,
