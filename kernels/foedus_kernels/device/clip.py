@@ -96,11 +96,12 @@ def _tile(
     in_there = ins < R  # A rank that is no power of two: what follows in memory is the next row.
     left_at = left_ptr + start * N + place[:, None] * N + outs[None, :]  # (ROWS, OUTS)
     right_at = right_ptr + start * R + place[:, None] * R + ins[None, :]  # (ROWS, INS)
+    factors_at = factors_ptr + start + place  # (ROWS,)
     total = tl.zeros((OUTS, INS), dtype=tl.float32)
     for row in range(0, count, ROWS):
         there = row + place < count
         if SCALED:
-            factors = tl.load(factors_ptr + start + row + place, mask=there, other=0.0)
+            factors = tl.load(factors_at, mask=there, other=0.0)
             there = there & (factors != 0.0)  # A unit that takes no part is not read: its rows may be infinite.
             left = tl.load(left_at, mask=there[:, None] & out_there[None, :], other=0.0)
             right = tl.load(right_at, mask=there[:, None] & in_there[None, :], other=0.0)
@@ -111,6 +112,7 @@ def _tile(
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
         left_at += ROWS * N
         right_at += ROWS * R
+        factors_at += ROWS
     return total
 
 
@@ -178,11 +180,13 @@ def _partial_norms_kernel(
     start, count = _segment(offsets_ptr, segment, segment + 1, rows)
     squares = tl.zeros((OUTS, INS), dtype=tl.float64)
     if count > 0:
-        for tile in range(group * GROUP, tl.minimum(group * GROUP + GROUP, tiles)):
+        for step in range(GROUP):
+            tile = group * GROUP + step
+            own = tl.where(tile < tiles, count, 0)  # The last group may have fewer tiles: it reads no row for others.
             first_out = tile // across * OUTS
             first_in = tile % across * INS
             exact = _tile(
-                left_ptr, right_ptr, left_ptr, start, count, first_out, first_in, N, R, ROWS, OUTS, INS, False
+                left_ptr, right_ptr, left_ptr, start, own, first_out, first_in, N, R, ROWS, OUTS, INS, False
             ).to(tl.float64)
             squares += exact * exact
     # Beyond N and R the tile is zero, since neither side was read there.
@@ -198,7 +202,7 @@ def _sum_kernel(partial_ptr, result_ptr, segments, GROUPS: tl.constexpr, SEGMENT
     at = partial_ptr + segment
     for _ in range(GROUPS):
         total += tl.load(at, mask=there, other=0.0)
-        at += segments
+        at += segments.to(tl.int64)
     tl.store(result_ptr + segment, total, mask=there)
 
 
