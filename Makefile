@@ -32,7 +32,7 @@ e2e: setup       ## only the tests that start real processes
 	$(BIN)/pytest -m e2e
 
 gpu:             ## every kernel in float32 and bfloat16 on a CUDA device, with the torch and Triton that PYTHON has
-	PYTHONPATH=kernels:protocols:model:tests $(PYTHON) -m pytest tests/kernels/device --confcutdir=tests/kernels/device -m gpu -q $(GPU_FLAGS)
+	PYTHONPATH=kernels:protocols:model:tests $(PYTHON) -m pytest tests/kernels/device tests/model/test_streaming_gpu.py --confcutdir=tests/kernels/device -m gpu -q $(GPU_FLAGS)
 
 lint: setup      ## ruff, formatting included
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from foedus_model import streaming
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
 from foedus_model.checkpoint import open_checkpoint
+from foedus_model.experts import choose_path
 from foedus_model.loss import Batch, batch_of, token_losses
 from foedus_model.quantize import convert
 from foedus_model.stream_plan import Fetch, Free, residency
@@ -165,6 +166,21 @@ def test_a_rest_of_another_layer_is_noticed(
     closing.append(streamer)
     found = streamer.gradients(batches(), unit_loss)
     assert np.linalg.norm(found - expected) > 1e-2 * np.linalg.norm(expected)
+
+
+def test_the_fused_path_reads_the_ring_as_it_reads_a_layer(deep: Callable[[], Path], closing: list[Streamer]) -> None:
+    adapter = adapted(deep())
+    choose_path(adapter.model, rows=2, wanted="fused", interpreted=True)
+    module = adapter.model.model.layers[1].mlp.experts
+    hidden = torch.randn(2, 128, generator=torch.Generator().manual_seed(4))
+    call = (hidden, torch.tensor([[15, 2], [2, 7]]), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    with torch.no_grad():
+        at_rest = module(*call)
+        closing.append(stream_experts(adapter.model, adapter.trained, units=1, shape=SHAPE))
+        assert module.path == "fused"
+        for layer, chunk, slot in ((1, 0, 3), (1, 1, 4), (1, 2, 0), (2, 0, 2), (1, 3, 1)):
+            closing[0]._ring.fetch(layer, chunk, slot)
+        assert torch.equal(module(*call), at_rest)
 
 
 def test_a_unit_does_not_depend_on_who_shares_its_pass(deep: Callable[[], Path], closing: list[Streamer]) -> None:
