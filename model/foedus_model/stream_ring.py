@@ -98,6 +98,8 @@ class CudaEngine:
         require_cuda(device)
         self._device = device
         self._copying = torch.cuda.Stream(device)
+        # The ring is made, and was last read, in the computing stream.
+        self._copying.wait_stream(torch.cuda.current_stream(device))
         self._filled: dict[int, Any] = {}
         self._read: dict[int, Any] = {}
         self._thread = ThreadPoolExecutor(1, "expert-copies")

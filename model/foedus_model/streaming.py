@@ -243,7 +243,9 @@ class Streamer:
                 run.do(step)
         finally:
             self._ring.clear()
-        return run.vectors
+        if self._ring.device.type == "cuda":
+            torch.cuda.synchronize(self._ring.device)  # The vectors' last copies to the host.
+        return run.vectors.numpy()
 
     def load(self, batches: Sequence[Batch]) -> Load:
         """What a pass over these units moves and holds."""
@@ -274,7 +276,8 @@ class _Pass:
         length: int,
     ) -> None:
         self._model, self._ring, self._trained, self._batches, self._loss = model, ring, trained, batches, loss
-        self.vectors = np.zeros((len(batches), length), np.float32)
+        # Pinned for a GPU, so that collecting a gradient does not have the host wait for the computation.
+        self.vectors = torch.zeros(len(batches), length, pin_memory=ring.device.type == "cuda")
         self.waiting: dict[tuple[int, int], torch.Tensor] = {}  # By layer and unit, on the host.
         self.newest: torch.Tensor | None = None  # A unit's hidden states or their gradient, (B, T, K).
         self._pieces: tuple[torch.Tensor, ...] = ()  # A unit's adapter gradient in a layer.
@@ -302,7 +305,7 @@ class _Pass:
                 self._backward(layer, unit)
             case Collect(layer, unit):
                 for (_, place), piece in zip(self._trained[layer], self._pieces, strict=True):
-                    self.vectors[unit, place] = piece.reshape(-1).float().cpu().numpy()
+                    self.vectors[unit, place].copy_(piece.reshape(-1), non_blocking=True)
                 self._pieces = ()
 
     def _forward(self, layer: int, unit: int) -> None:
