@@ -5,14 +5,14 @@ A program multiplies a tile of one expert's rows with a tile of that expert's ma
 is the right-hand operand of ``y W`` as it lies, and turned over that of ``x W^T``::
 
     _forward_kernel   gather, x W^T, + scale (x A^T) B^T, + bias; for gate_up also the clamped SwiGLU of the tile
-    _adjoint_kernel   gather, g W, + scale (g B) A; for down also times the SwiGLU's slopes and the row's weight
+    _adjoint_kernel   gather, g W, + scale (g B) A
     _narrow_kernel    x A^T or g B: (S, R), R padded to 16
     _combine_kernel   a token's rows, in the order of its choices, times their weights
-    _weights_kernel   the gradient of a row's weight: what the adjoint summed by tile, and <g, b>
+    _slopes_kernel    a row of g W_down through the SwiGLU's slopes, and the gradient of its weight
 
 Saved for the backward is what the reference saves, gate and up of each row. Bytes and FLOPs of a layer of gpt-oss-120b
 (128 experts, 2880 wide) at m rows an expert, forward; the backward (K2) reads the same matrices once and has as many
-FLOPs, and moves 2 x 2880 values a row more::
+FLOPs, and moves 7 x 2880 values a row more::
 
                         matrices   rows (bf16)   FLOPs     H100, 3.35 TB/s, 989 TFLOP/s   H200, 4.8 TB/s, 989 TFLOP/s
     16 rows an expert    1.69 GB      0.07 GB     0.10 T     527 us  (memory)               368 us  (memory)
@@ -31,7 +31,8 @@ float32 sums; a low-rank product is rounded to the rows' type before its second 
 
 Source: tiles over a device-made map after `triton_kernels` and MegaBlocks; the adjoint over the packed layout is ours.
 Left out: swizzled copies of the matrices (the released bytes stay as they are), tensor memory descriptors, a persistent
-grid, tiles by a run's rows an expert, the recomputation of the combination in the down product's epilogue.
+grid, tiles by a run's rows an expert, and the slopes in the epilogue of the down product's adjoint: with tiles of this
+size their registers spill (4.3 KB a thread on sm_90).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from foedus_kernels.weights import ExpertWeights
 
 _ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, with one order of sums, serves all.
 _MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
-_COLUMNS = 1024  # A program's of `_combine_kernel` and `_weights_kernel`. Not measured.
+_COLUMNS = 1024  # At once, of `_combine_kernel` and `_slopes_kernel`. Not measured.
 _RANK = 16  # A product needs 16 of each axis.
 
 
@@ -175,13 +176,7 @@ def _adjoint_kernel(
     first_ptr,
     offsets_ptr,
     out_ptr,
-    gate_up_ptr,
-    weights_ptr,
-    inner_ptr,
-    partial_ptr,
     scale,
-    alpha,
-    limit,
     E: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -189,12 +184,11 @@ def _adjoint_kernel(
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
     SHARED: tl.constexpr,
-    SLOPES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """A tile of ``g W``. SLOPES: of the down product, whose result goes on through the SwiGLU to gate and up."""
+    """A tile of ``g W``. CHOICES > 0: rows are tokens, gathered."""
     across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) // across
     part = tl.program_id(0) % across
@@ -231,28 +225,65 @@ def _adjoint_kernel(
         a_at = a_ptr + pair[:, None] * K + column[None, :]  # (PADDED, COLUMNS)
         a = tl.load(a_at, mask=(r < RANK)[:, None] & inside[None, :], other=0.0)
         total += scale * tl.dot(outer, a, input_precision="ieee")
-    here = there[:, None] & inside[None, :]
-    if SLOPES:
-        both = part * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-        both_here = there[:, None] & (both < 2 * K)[None, :]
-        both_at = row[:, None] * (2 * K) + both[None, :]
-        gate_up = tl.load(gate_up_ptr + both_at, mask=both_here, other=0.0).to(tl.float32)
-        raw_gate, raw_up = tl.split(tl.reshape(gate_up, (ROWS, COLUMNS, 2)))
+    at = out_ptr + row[:, None] * K + column[None, :]
+    tl.store(at, total.to(dtype), mask=there[:, None] & inside[None, :])
+
+
+@triton.jit
+def _slopes_kernel(
+    adjoint_ptr,
+    gate_up_ptr,
+    grad_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    order_ptr,
+    out_ptr,
+    inner_ptr,
+    by_weight_ptr,
+    alpha,
+    limit,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    KEPT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A row of ``g W_down`` through the SwiGLU: the gradients of its gate and up, and of its weight.
+
+    The weight's is ``<g W_down, inner> + <g, b>``. KEPT: what gate and up gave is written too.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    chosen = tl.load(order_ptr + row)
+    weight = tl.load(weights_ptr + chosen)
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, N, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        both = 2 * start + tl.arange(0, 2 * COLUMNS)
+        adjoint = tl.load(adjoint_ptr + row * N + column, mask=column < N, other=0.0).to(tl.float32)
+        gate_up = tl.load(gate_up_ptr + row * (2 * N) + both, mask=both < 2 * N, other=0.0).to(tl.float32)
+        raw_gate, raw_up = tl.split(tl.reshape(gate_up, (COLUMNS, 2)))
         gate = tl.minimum(raw_gate, limit)
         up = tl.minimum(tl.maximum(raw_up, -limit), limit) + 1.0
         sigmoid = _sigmoid(alpha * gate)
         glu = gate * sigmoid
-        tl.store(partial_ptr + row * across + part, tl.sum(total * (glu * up), 1), mask=there)
-        tl.store(inner_ptr + row[:, None] * K + column[None, :], (glu * up).to(dtype), mask=here)
-        total *= tl.load(weights_ptr + chosen, mask=there, other=0.0)[:, None]
+        total += adjoint * (glu * up)
+        if KEPT:
+            tl.store(inner_ptr + row * N + column, (glu * up).to(inner_ptr.dtype.element_ty), mask=column < N)
+        adjoint *= weight
         # A clamp passes the gradient at its limit, as torch's does.
         slope = sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
-        by_gate = tl.where(raw_gate > limit, 0.0, total * up * slope)
-        by_up = tl.where(tl.abs(raw_up) > limit, 0.0, total * glu)
-        result = tl.reshape(tl.join(by_gate, by_up), (ROWS, 2 * COLUMNS))
-        tl.store(out_ptr + both_at, result.to(dtype), mask=both_here)
-    else:
-        tl.store(out_ptr + row[:, None] * K + column[None, :], total.to(dtype), mask=here)
+        by_gate = tl.where(raw_gate > limit, 0.0, adjoint * up * slope)
+        by_up = tl.where(tl.abs(raw_up) > limit, 0.0, adjoint * glu)
+        result = tl.reshape(tl.join(by_gate, by_up), (2 * COLUMNS,))
+        tl.store(out_ptr + row * (2 * N) + both, result.to(out_ptr.dtype.element_ty), mask=both < 2 * N)
+    grad_at = grad_ptr + chosen // CHOICES * K
+    bias_at = bias_ptr + tl.load(ids_ptr + chosen) * K
+    for start in range(0, K, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        grad = tl.load(grad_at + column, mask=column < K, other=0.0).to(tl.float32)
+        total += grad * tl.load(bias_at + column, mask=column < K, other=0.0).to(tl.float32)
+    tl.store(by_weight_ptr + chosen, tl.sum(total, 0))
 
 
 @triton.jit
@@ -332,34 +363,6 @@ def _combine_kernel(
     tl.store(out_ptr + token * K + column, total.to(out_ptr.dtype.element_ty), mask=column < K)
 
 
-@triton.jit
-def _weights_kernel(
-    partial_ptr,
-    grad_ptr,
-    bias_ptr,
-    ids_ptr,
-    places_ptr,
-    out_ptr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The gradient of one (token, choice)'s weight."""
-    chosen = tl.program_id(0).to(tl.int64)
-    token = chosen // CHOICES
-    expert = tl.load(ids_ptr + chosen)
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(0, K, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        grad = tl.load(grad_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
-        total += grad * tl.load(bias_ptr + expert * K + column, mask=column < K, other=0.0).to(tl.float32)
-    part = tl.arange(0, PARTS_PADDED)
-    parts = tl.load(partial_ptr + tl.load(places_ptr + chosen) * PARTS + part, mask=part < PARTS, other=0.0)
-    tl.store(out_ptr + chosen, tl.sum(parts, 0) + tl.sum(total, 0))
-
-
 class _Layer(NamedTuple):
     """What every launch of a call shares."""
 
@@ -401,53 +404,44 @@ class _Layer(NamedTuple):
         pair: Pair | None,
         outer: torch.Tensor | None,
         *,
-        gathered: bool = False,
+        gathered: bool,
     ) -> torch.Tensor:
         """``g W`` and the pair's part of it: (S, ins)."""
-        _, _, ins = stack.shape
+        _, outs, ins = stack.shape
+        blocks = blocks_of(outs, rows.dtype)
         out = rows.new_empty(self.tiles.order.shape[0], ins)
-        self._adjoint(rows, stack, pair, outer, out, (rows,) * 4, gathered=gathered, slopes=False)
+        self._launch(
+            _adjoint_kernel,
+            *(blocks, ins),
+            *(rows, *_packed(stack), *_or(rows, outer, None if pair is None else pair.a), *self.map(), out),
+            *(self.scale, self.experts, outs, ins, self.choices if gathered else 0, *_rank(pair)),
+        )
         return out
 
     def through_activation(
         self,
-        grad: torch.Tensor,
-        stack: Mxfp4Weights,
-        pair: Pair | None,
-        outer: torch.Tensor | None,
+        adjoint: torch.Tensor,
         gate_up: torch.Tensor,
+        grad: torch.Tensor,
+        bias: torch.Tensor,
         weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``g W`` of the down product, through the SwiGLU: the gradient of gate and up (S, 2N), what they gave (S, N),
-        and each row's ``<g W, inner>`` by tile of columns."""
-        _, outs, ins = stack.shape
-        out, inner = torch.empty_like(gate_up), gate_up.new_empty(gate_up.shape[0], ins)
-        parts = triton.cdiv(ins, blocks_of(outs, grad.dtype).columns)
-        partial = gate_up.new_empty(gate_up.shape[0], parts, dtype=torch.float32)
-        self._adjoint(grad, stack, pair, outer, out, (gate_up, weights, inner, partial), gathered=True, slopes=True)
-        return out, inner, partial
-
-    def _adjoint(
-        self,
-        rows: torch.Tensor,
-        stack: Mxfp4Weights,
-        pair: Pair | None,
-        outer: torch.Tensor | None,
-        out: torch.Tensor,
-        beside: tuple[torch.Tensor, ...],
+        expert_ids: torch.Tensor,
         *,
-        gathered: bool,
-        slopes: bool,
-    ) -> None:
-        _, outs, ins = stack.shape
-        blocks = blocks_of(outs, rows.dtype)
-        self._launch(
-            _adjoint_kernel,
-            *(blocks, ins),
-            *(rows, *_packed(stack), *_or(rows, outer, None if pair is None else pair.a)),
-            *(*self.map(), out, *beside, *self.constants()),
-            *(self.experts, outs, ins, self.choices if gathered else 0, *_rank(pair), slopes),
+        inner: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From ``g W_down`` (S, N) the gradients of gate and up (S, 2N) and of the weights, float32 (T, top-k).
+
+        With `inner` (S, N) also what gate and up gave, into it.
+        """
+        out, by_weight = torch.empty_like(gate_up), torch.empty_like(weights)
+        rows, width = adjoint.shape
+        columns = min(_COLUMNS, triton.next_power_of_2(max(width, grad.shape[1])))
+        _slopes_kernel[(_programs(rows),)](
+            *(adjoint, gate_up, grad, _ready(bias), weights, _ready(expert_ids), self.tiles.order),
+            *(out, out if inner is None else inner, by_weight, self.alpha, self.limit),
+            *(width, grad.shape[1], self.choices, inner is not None, columns),
         )
+        return out, by_weight
 
     def narrow(self, rows: torch.Tensor, matrix: torch.Tensor, *, gathered: bool) -> torch.Tensor:
         """Rows with a narrow matrix [P, K, R] of each expert or of all: (S, R), R padded to 16 with zeros."""
@@ -472,19 +466,6 @@ class _Layer(NamedTuple):
         _combine_kernel[(_programs(tokens * triton.cdiv(width, columns)),)](
             *(rows, self.tiles.places, rows if weights is None else weights, out),
             *(width, self.choices, weights is not None, columns),
-        )
-        return out
-
-    def weight_gradients(
-        self, partial: torch.Tensor, grad: torch.Tensor, bias: torch.Tensor, expert_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """float32 (T, top-k)."""
-        out = partial.new_empty(expert_ids.shape)
-        width, parts = grad.shape[1], partial.shape[1]
-        _weights_kernel[(_programs(out.numel()),)](
-            *(partial, grad, _ready(bias), _ready(expert_ids), self.tiles.places, out),
-            *(width, self.choices, parts, triton.next_power_of_2(parts)),
-            min(_COLUMNS, triton.next_power_of_2(width)),
         )
         return out
 
@@ -577,10 +558,15 @@ def backward(
     weights = _ready(expert_weights.float())
     pair = _pair(down_a, down_b, scale, grad.dtype)
     outer = layer.narrow(grad, pair.b, gathered=True) if pair else None  # (S, R)
-    slopes, inner, partial = layer.through_activation(grad, down, pair, outer, gate_up_rows, weights)
+    adjoint = layer.adjoint(grad, down, pair, outer, gathered=True)  # (S, N)
+    inner = torch.empty_like(adjoint) if needs[4] or needs[5] else None
+    slopes, by_weight = layer.through_activation(
+        *(adjoint, gate_up_rows, grad, down_bias, weights, expert_ids), inner=inner
+    )  # (S, 2N), (T, top-k)
+    del adjoint
     if needs[1]:
-        found[1] = layer.weight_gradients(partial, grad, down_bias, expert_ids).to(expert_weights.dtype)
-    if pair and outer is not None and (needs[4] or needs[5]):
+        found[1] = by_weight.to(expert_weights.dtype)
+    if pair and outer is not None and inner is not None:
         by_row = weights.flatten().index_select(0, layer.tiles.order).unsqueeze(1).to(grad.dtype)  # (S, 1)
         sorted_grad = _gathered(grad, layer).mul_(by_row) if needs[5] else None
         found[4:6] = _pair_gradients(layer, expert_ids, down_a, pair, sorted_grad, outer * by_row, inner, needs[4:6])
@@ -595,7 +581,7 @@ def backward(
         found[2:4] = _pair_gradients(layer, expert_ids, gate_up_a, pair, slopes, outer, inputs, needs[2:4])
         del inputs
     if needs[0]:
-        found[0] = layer.combine(layer.adjoint(slopes, gate_up, pair, outer), hidden)
+        found[0] = layer.combine(layer.adjoint(slopes, gate_up, pair, outer, gathered=False), hidden)
     return found
 
 
