@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """Every kernel at gpt-oss's shapes."""
-    return [*_experts(), *_mxfp4()]
+    return [*_experts(), *_mxfp4(), *_clip()]
 
 
 def _experts() -> list[Case]:
@@ -123,6 +123,35 @@ def _mxfp4() -> list[Case]:
     return [
         Case("decode, bf16", "mxfp4._decode_kernel", "*u8 *u8 *bf16 i32", {"GROUPS": 64, "DTYPE": tl.bfloat16}, 4, 3),
         Case("decode, fp32", "mxfp4._decode_kernel", "*u8 *u8 *fp32 i32", {"GROUPS": 64, "DTYPE": tl.float32}, 4, 3),
+    ]
+
+
+def _clip() -> list[Case]:
+    from foedus_kernels.device.clip import GROUP, SEGMENTS, tiles_of
+
+    found = []
+    # B of gate_up, A of down, a rank that is no power of two, and both sides wide: every tile that there is.
+    shapes = ((5760, 16), (16, 2880), (2880, 24), (512, 512))
+    for name, outs, ins in (*(("bf16", *shape) for shape in shapes), ("fp32", *shapes[0]), ("fp32", *shapes[3])):
+        tiles = tiles_of(outs, ins)
+        shape = {"N": outs, "R": ins, "ROWS": tiles.rows, "OUTS": tiles.outs, "INS": tiles.ins}
+        given = f"*{name} *{name} *fp32 *i64 *{name} i32 i32"
+        found += [
+            Case(label, f"clip.{kernel}", types, shape | more, tiles.warps, tiles.stages)
+            for label, kernel, types, more in (
+                (f"gradients {outs} x {ins}, {name}", "_gradients_kernel", given, {"SCALED": False}),
+                (f"clipped {outs} x {ins}, {name}", "_gradients_kernel", given, {"SCALED": True}),
+                (
+                    f"norms {outs} x {ins}, {name}",
+                    "_partial_norms_kernel",
+                    f"*{name} *{name} *i64 *fp64 i32 i32",
+                    {"GROUP": GROUP},
+                ),
+            )
+        ]
+    return [
+        *found,
+        Case("norms' sums", "clip._sum_kernel", "*fp64 *fp64 i32", {"GROUPS": 12, "SEGMENTS": SEGMENTS}, 4, 3),
     ]
 
 
