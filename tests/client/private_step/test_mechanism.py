@@ -186,7 +186,7 @@ true_release = privacy.release_vector
 true_sample = privacy.poisson_sample
 
 
-def batch_mean_sum(adapter, units, *, terms, step, rng, packing=None):
+def batch_mean_sum(adapter, units, *, terms, step, rng, packing=None, streaming=None):
     """The library's loss: a mean over the batch's tokens, times the number of units, as engines for it assume."""
     batches = [batch_of(unit.records, adapter.trained[0].device) for unit in units]
     tokens = sum(int(batch.answers.sum()) for batch in batches)
