@@ -11,16 +11,18 @@ is the right-hand operand of ``y W`` as it lies, and turned over that of ``x W^T
     _slopes_kernel    a row of g W_down through the SwiGLU's slopes, and the gradient of its weight
 
 Saved for the backward is what the reference saves, gate and up of each row. Bytes and FLOPs of a layer of gpt-oss-120b
-(128 experts, 2880 wide) at m rows an expert, forward; the backward (K2) reads the same matrices once and has as many
-FLOPs, and moves 7 x 2880 values a row more::
+(128 experts, 2880 wide, packed 1.69 GB), forward (K1) and backward (K2), which reads the same matrices; floors on an
+H100 (3.35 TB/s) and an H200 (4.8 TB/s), both with 989 TFLOP/s in bfloat16::
 
-                        matrices   rows (bf16)   FLOPs     H100, 3.35 TB/s, 989 TFLOP/s   H200, 4.8 TB/s, 989 TFLOP/s
-    16 rows an expert    1.69 GB      0.07 GB     0.10 T     527 us  (memory)               368 us  (memory)
-    256 rows an expert   1.69 GB      1.13 GB     1.63 T   1,648 us  (arithmetic)         1,648 us  (arithmetic)
+                          rows' bytes   FLOPs     H100                   H200
+    K1   16 rows an expert  0.09 GB     0.10 T      531 us (memory)        370 us (memory)
+         256                1.37 GB     1.63 T    1,648 us (arithmetic)  1,648 us (arithmetic)
+    K2   16                 0.14 GB     0.10 T      548 us (memory)        383 us (memory)
+         256                2.31 GB     1.63 T    1,648 us (arithmetic)  1,648 us (arithmetic)
 
-These are floors by arithmetic, nothing was measured. A tile of weights is decoded again for every tile of rows, at some
-10 integer operations a value, which bounds the layer at 2.2 ms for each 128 rows an expert on an H100: the decoding and
-not the memory is what a next version has to make cheaper.
+These are floors by arithmetic; nothing was measured. A tile of weights is decoded again for every tile of rows: 279
+instructions a warp for 8,192 values (`mxfp4.py`), which for up to 128 rows an expert is 0.94 ms of an H100's issue
+slots a layer, beside 0.82 ms of its tensor cores. These, and not the memory, bound the layer at 16 rows an expert.
 
 Batch-invariance: a row's result is a function of that row alone. Every row is summed over one width in blocks of one
 size, in order, in float32; tiles follow from widths and type and never from the number of rows; nothing is added

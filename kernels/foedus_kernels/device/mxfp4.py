@@ -1,24 +1,25 @@
 """K0 in Triton: decode MXFP4, inside a product (`decode_tile`) or to memory (`decode`).
 
 Layout: blocks uint8 [..., K/32, 16], the earlier input in the low nibble, scales uint8 [..., K/32], e8m0
-(`foedus_kernels.mxfp4`). A decoded value is put together from bits, by integers alone. With s the scale's byte and m
-the lower three bits of a code, its size is ``2^(s - 128) * (0, 1, 2, 3, 4, 6, 8, 12)[m]``, hence a float's bits are::
+(`foedus_kernels.mxfp4`). A decoded value is put together from bits, by integers alone, the two of a byte at once in the
+halves of a 32-bit number. With s the scale's byte and m the lower three bits of a code, a value's size is
+``2^(s - 128) * (0, 1, 2, 3, 4, 6, 8, 12)[m]``, hence the bits of a bfloat16 are::
 
-    m >= 2   exponent s - 1 + (m >> 1), first bit of the mantissa m & 1: one sum, (s - 1) << p plus m << (p - 1)
-    m == 1   exponent s - 1, mantissa 0
-    m == 0   zero
+    m >= 2   exponent s - 1 + (m >> 1), first bit of the mantissa m & 1: one sum, (s - 1) << 7 plus m << 6
+    m == 1   exponent s - 1, mantissa 0: the same sum without m's last bit
+    m == 0   zero: nothing
 
-where p is 23 in float32 and 7 in bfloat16, whose exponents have one bias. No table is read, no product rounds, and
-nothing depends on how a device treats numbers below the normal ones. Exact for the scales that a checkpoint may have, 2
-to 252.
+A float32 has the same bits, and zeros after them. No table is read, no product rounds, and nothing depends on how a
+device treats numbers below the normal ones. Exact for the scales that a checkpoint may have, 2 to 252.
 
-Bytes and FLOPs of `decode`, a value: reads 17/32, writes 4 or 2, and takes no FLOP but some 10 integer operations. A
-layer of gpt-oss-20b (796 million values) in bfloat16: 2.0 GB, floor 0.60 ms on an H100 (3.35 TB/s) and 0.42 ms on an
-H200 (4.8 TB/s). Not measured.
+Bytes and FLOPs of `decode`, a value: reads 17/32, writes 4 or 2, and takes no FLOP but 5 integer operations. A layer of
+gpt-oss-20b (796 million values) in bfloat16: 2.0 GB, floor 0.60 ms on an H100 (3.35 TB/s) and 0.42 ms on an H200 (4.8
+TB/s). Not measured. One value at a time, with comparisons, the loop of a product has 531 instructions on sm_90; two at
+once it has 279, and the two halves are stored as they lie (Triton 3.9, a tile of 128 x 64 and 256 threads).
 
-Source: the OCP Microscaling Formats 1.0; Triton's own `dot_scaled` decodes the same format inside a product, for scales
-along the contracted axis, which the adjoint's are not. Left out: that instruction; two codes of a register at once, or
-byte permutations, which would halve the integer operations and need instructions that the interpreter has not.
+Source: the OCP Microscaling Formats 1.0; two values in one register after Marlin's and others' kernels for 4 bits.
+Triton's own `dot_scaled` decodes the format inside a product for scales along the contracted axis, which the adjoint's
+are not. Left out: that instruction, and look-ups by byte permutation, which the interpreter does not have.
 """
 
 from __future__ import annotations
@@ -39,31 +40,20 @@ def decode_tile(codes, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE:
 
     What lies beyond a matrix is to be loaded as codes of 0, whose value is 0 at any scale.
     """
-    # Integers of a value's size, and where its exponent starts. The names are of one branch each: a name has one type.
+    GROUPS: tl.constexpr = COLUMNS // 32
+    byte = tl.reshape(codes, (ROWS, GROUPS, 16)).to(tl.uint32)
+    # Both nibbles of a byte, each at the same place of its half of 32 bits. A product is a copy at two places at once.
+    at = byte * 0x00040040  # the code's bits 0 to 2 at bits 6 to 8, where mantissa and exponent of bfloat16 meet
+    above = byte * 0x00020020 | byte * 0x00010010  # at bit 6: whether bit 1 or 2 is set
+    kept = at & (above | 0x01800180) & 0x01C001C0  # exponent, and the mantissa where the code's exponent is not 0
+    there = (at | above) & 0x00400040  # at bit 6: whether the code is not zero
+    exponents = tl.reshape(scales.to(tl.uint32) * 2 - 2, (ROWS, GROUPS, 1))
+    pairs = there * exponents + kept | byte * 0x01001000 & 0x80008000
     if tl.float32 == DTYPE:
-        each = _nibbles(codes.to(tl.int32), ROWS, COLUMNS)  # (ROWS, COLUMNS / 32, 32)
-        bits = _bits(each, (scales.to(tl.int32) - 1) << 23, 23, 28, ROWS, COLUMNS)
-        values = bits.to(tl.float32, bitcast=True)
+        values = tl.join(pairs << 16, pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        each = _nibbles(codes.to(tl.int16), ROWS, COLUMNS)
-        bits = _bits(each, (scales.to(tl.int16) - 1) << 7, 7, 12, ROWS, COLUMNS)
-        values = bits.to(tl.bfloat16, bitcast=True)
+        values = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).to(tl.bfloat16, bitcast=True)
     return tl.reshape(values, (ROWS, COLUMNS))
-
-
-@triton.jit
-def _nibbles(codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Two codes of a byte, the lower nibble first, by group."""
-    return tl.reshape(tl.join(codes & 15, codes >> 4), (ROWS, COLUMNS // 32, 32))
-
-
-@triton.jit
-def _bits(each, exponents, P: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A float's bits from its code and its group's exponent: the docstring of the module."""
-    magnitude = each & 7
-    base = tl.reshape(exponents, (ROWS, COLUMNS // 32, 1))
-    bits = tl.where(magnitude == 1, base, base + (magnitude << (P - 1)))
-    return tl.where(magnitude == 0, 0, bits) | ((each & 8) << SIGN)
 
 
 @triton.jit
