@@ -13,11 +13,7 @@ from foedus_kernels.device import experts as device
 from foedus_kernels.device.tiles import tiles_of, unit_offsets
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.testing import assert_close
-from foedus_model.adapter import attach
-from foedus_model.experts import choose_path
-from foedus_protocols.layout import adapter_layout
 from support.mutants import mutant
-from support.quantised import VOCABULARY, small_model
 
 E = 5
 ALLOWED = [0, 1, 3, 4]  # Expert 2 gets no row, whatever the draw.
@@ -418,6 +414,12 @@ def test_the_operators_fakes_hold_on_this_path(pairs, place) -> None:
 @pytest.mark.parametrize("targets", ["attention", "experts-shared", "experts"])
 def test_a_whole_model_on_this_path_equals_the_other(targets, caplog) -> None:
     """Logits, and the gradient of every matrix of an adapter, of a small gpt-oss in float32."""
+    # Here, because the kernels' own tests run where the packages above them are not installed.
+    from foedus_model.adapter import attach
+    from foedus_model.experts import choose_path
+    from foedus_protocols.layout import adapter_layout
+    from support.quantised import VOCABULARY, small_model
+
     model = small_model("mxfp4")
     layout = adapter_layout(model.config.to_dict(), rank=4, train="both", targets=targets)
     adapter = attach(model, layout, seed="public", alpha=8.0, rank=4)
