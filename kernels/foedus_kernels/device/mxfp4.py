@@ -49,7 +49,7 @@ def decode_tile(codes, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE:
     there = (at | above) & 0x00400040  # at bit 6: whether the code is not zero
     exponents = tl.reshape(scales.to(tl.uint32) * 2 - 2, (ROWS, GROUPS, 1))
     pairs = there * exponents + kept | byte * 0x01001000 & 0x80008000
-    if DTYPE == tl.float32:  # noqa: SIM300: a constant of Triton's compares with what follows it.
+    if DTYPE == tl.float32:  # noqa: SIM300
         values = tl.join(pairs << 16, pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         values = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).to(tl.bfloat16, bitcast=True)
