@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test e2e gpu lint types contracts security check bench chaos study slow-link fuzz proto clean help
+.PHONY: setup demo test e2e gpu lint types contracts security check bench bench-gpu chaos study slow-link fuzz proto clean help
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench: setup     ## rounds, private step, attention, experts, a 20b layer, gener
 	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/experts.py $(EXPERTS_FLAGS)
 	$(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
 	$(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
+
+bench-gpu:       ## kernels and whole steps on a CUDA device at the true shapes, with the torch that PYTHON has (GPU_BENCH_FLAGS)
+	PYTHONPATH=kernels:model:protocols $(PYTHON) tests/bench/gpu.py $(GPU_BENCH_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))

@@ -1,0 +1,294 @@
+"""The kernels and whole steps on a GPU at the true shapes of gpt-oss-120b and 20b, beside what others do, in one run.
+
+    make bench-gpu GPU_BENCH_FLAGS="--out rows.json"
+    PYTHONPATH=kernels:model:protocols python tests/bench/gpu.py --only "K1 experts, forward" --model gpt-oss-20b
+
+First the card's own peaks (a large product in bfloat16, a large copy, a pinned copy from the host), then each kernel at
+16 and 256 rows an expert: median seconds by CUDA events with the caches cold, bandwidth and FLOP/s from the arithmetic
+of `foedus_kernels.roofline`, their share of the card's peak, the most memory. Then whole training steps. Weights are
+synthetic, made on the device, scale bytes 117 to 123; routing has a trained router's histogram (`gpu_routing.py`).
+
+What cannot run says "not measured" and why, and the rest goes on; ``--out`` has each row as soon as it is there.
+``--table`` prints the empty table of docs/benchmarks.md and needs no GPU. Rows feed ``roofline.py --measured``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from foedus_kernels.roofline import KERNELS, ROWS, SHAPES, Kernel, Shape
+from gpu_kernels import JOBS, OURS, WAYS, Job, Place
+from gpu_steps import STEPS, Step, StepCase, link_bound, median_of
+
+NOT_MEASURED = "not measured"
+_COLD_BYTES = 256 << 20  # Written between two turns: five times the H200's second-level cache.
+
+
+class CudaClock:
+    """Median seconds of a job by CUDA events, caches cold, and the memory that it took."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self._device, self._repeats = device, repeats
+        self._cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device)
+
+    def seconds(self, job: Job) -> float:
+        """After two turns that warm up (and compile)."""
+        times = []
+        for turn in range(self._repeats + 2):
+            self._cold.zero_()
+            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begun.record()
+            job()
+            ended.record()
+            torch.cuda.synchronize(self._device)
+            if turn >= 2:
+                times.append(begun.elapsed_time(ended) / 1e3)
+        return statistics.median(times)
+
+    def peak_bytes(self) -> int:
+        """The most since the last question."""
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self._device)
+
+    def clear(self) -> None:
+        """Give memory back between cases."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def peaks(clock: Any, device: torch.device, *, width: int = 8192, size: int = 4 << 30) -> dict[str, float]:
+    """FLOP/s of a product in bfloat16, bytes/s of a copy (read and written), bytes/s from pinned memory."""
+    left, right = (torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    flops = 2 * width**3 / clock.seconds(lambda: left @ right)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * size / clock.seconds(lambda: target.copy_(source))
+    pinned = torch.empty(size // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    link = pinned.nbytes / clock.seconds(lambda: source[: pinned.nbytes].copy_(pinned, non_blocking=True))
+    return {"flops": flops, "bandwidth": bandwidth, "link": link}
+
+
+def kernel_rows(
+    kernel: Kernel, shape: Shape, count: int, clock: Any, place: Place, peak: dict[str, float]
+) -> list[dict[str, Any]]:
+    """A kernel at one shape: a row for each way."""
+    work = kernel.work(shape, shape.tokens(count))
+    about = {"kernel": kernel.name, "model": shape.name, "rows_an_expert": count, "tokens": shape.tokens(count)}
+    try:
+        jobs = JOBS[kernel.name](place, shape, shape.tokens(count))
+    except Exception as error:  # One case's failure, mostly of memory, must not lose the others.
+        return [about | {"way": OURS, "seconds": None, "why": _reason(error)}]
+    rows = []
+    for way, job in jobs.items():
+        row = about | {"way": way}
+        if isinstance(job, str):
+            rows.append(row | {"seconds": None, "why": job})
+            continue
+        try:
+            clock.peak_bytes()
+            seconds = clock.seconds(job)
+        except Exception as error:
+            rows.append(row | {"seconds": None, "why": _reason(error)})
+            continue
+        rows.append(
+            row
+            | {
+                "seconds": seconds,
+                "bytes_a_second": work.bytes / seconds,
+                "flops_a_second": work.flops / seconds,
+                "share_of_bandwidth": work.bytes / seconds / peak["bandwidth"],
+                "share_of_flops": work.flops / seconds / peak["flops"],
+                "share_of_link": work.link_bytes / seconds / peak["link"],
+                "peak_bytes": clock.peak_bytes(),
+            }
+        )
+    return rows
+
+
+def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, float], repeats: int) -> dict[str, Any]:
+    """A whole step: tokens a second and the most memory."""
+    about = {"step": case.name, "model": case.preset, "tokens": case.tokens, "goal": case.goal}
+    try:
+        from foedus_model.presets import preset
+
+        step = Step(preset(case.preset), case.tokens, device=device, dtype=torch.bfloat16, streamed=case.streamed)
+        clock.peak_bytes()
+        seconds = median_of(step, repeats, clock.synchronise)
+    except Exception as error:  # As above; an import that this machine lacks is a reason, too.
+        return about | {"seconds": None, "why": _reason(error)}
+    row = about | {"seconds": seconds, "tokens_a_second": case.tokens / seconds, "peak_bytes": clock.peak_bytes()}
+    step.close()
+    row["path"] = step.path
+    if case.streamed:
+        shape = next(one for one in SHAPES if one.name == case.preset)
+        size = shape.layers * (shape.gate_up_bytes + shape.down_bytes)
+        row["share_of_link"] = row["tokens_a_second"] / link_bound(peak["link"], size, case.tokens)
+    return row
+
+
+def _reason(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return text[:160]
+
+
+def table(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
+    """The two tables of docs/benchmarks.md; a case without a row is not measured."""
+    found = {(row["kernel"], row["model"], row["rows_an_expert"], row["way"]): row for row in rows}
+    lines = [
+        "| kernel | model | rows an expert | " + " | ".join(f"{way}, µs" for way in WAYS)
+        + " | ours, share of peak | memory |",
+        "| --- | --- | ---: |" + " ---: |" * (len(WAYS) + 2),
+    ]  # fmt: skip
+    for kernel in KERNELS:
+        for shape in SHAPES:
+            for count in ROWS if kernel.by_rows else ROWS[-1:]:
+                of = [found.get((kernel.name, shape.name, count, way)) for way in WAYS]
+                times = [_microseconds(row, way, kernel.name) for row, way in zip(of, WAYS, strict=True)]
+                ours = of[0] if of[0] is not None and of[0]["seconds"] else None
+                share = NOT_MEASURED if ours is None else _share(ours)
+                memory = NOT_MEASURED if ours is None else f"{ours['peak_bytes'] / 1e9:.2f} GB"
+                name = count if kernel.by_rows else "any"
+                lines.append(f"| {kernel.name} | {shape.name} | {name} | {' | '.join(times)} | {share} | {memory} |")
+    done = {row["step"]: row for row in steps}
+    lines += ["", "| step | goal | tokens/s | memory |", "| --- | --- | ---: | ---: |"]
+    for case in STEPS:
+        row = done.get(case.name)
+        if row is None or not row["seconds"]:
+            lines.append(f"| {case.name} | {case.goal} | {NOT_MEASURED} | {NOT_MEASURED} |")
+            continue
+        speed = f"{row['tokens_a_second']:,.0f}"
+        if "share_of_link" in row:
+            speed += f" ({row['share_of_link']:.0%} of the link's bound)"
+        lines.append(f"| {case.name} | {case.goal} | {speed} | {row['peak_bytes'] / 1e9:.2f} GB |")
+    return "\n".join(lines) + "\n"
+
+
+WAYS_OF: dict[str, frozenset[str]] = {
+    "K0 decode": frozenset({"ours", "reference", "eager"}),
+    "K1 experts, forward": frozenset(WAYS),
+    "K2 experts, backward": frozenset(WAYS) - {"triton_kernels"},
+    "K3 norms": frozenset({"ours", "reference", "dequantise + grouped_mm"}),
+    "K3 weight gradient": frozenset({"ours", "reference", "dequantise + grouped_mm"}),
+    "K4 link": frozenset({"ours"}),
+}
+"""Which ways a kernel has; the others have ours and eager."""
+
+
+def _microseconds(row: dict[str, Any] | None, way: str, kernel: str) -> str:
+    if way not in WAYS_OF.get(kernel, frozenset({"ours", "eager"})):
+        return "-"
+    return NOT_MEASURED if row is None or not row["seconds"] else f"{row['seconds'] * 1e6:,.0f}"
+
+
+def _share(row: dict[str, Any]) -> str:
+    if row["kernel"] == "K4 link":
+        return f"{row['share_of_link']:.0%} of the link"
+    if row["share_of_flops"] > row["share_of_bandwidth"]:
+        return f"{row['share_of_flops']:.0%} of FLOP/s"
+    return f"{row['share_of_bandwidth']:.0%} of bandwidth"
+
+
+def require_cuda() -> torch.device:
+    """The GPU, or the one line that says that there is none."""
+    if not torch.cuda.is_available():
+        sys.exit(
+            "error: expected a CUDA device to measure on, got none that torch sees: run this on a machine with an "
+            "NVIDIA GPU and a CUDA build of torch (--table prints the empty tables without one)"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, checked before anything is made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*(kernel.name for kernel in KERNELS), "steps", *(case.name for case in STEPS)]
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(names)}")
+    parser.add_argument("--model", choices=[shape.name for shape in SHAPES], help="only this shape")
+    parser.add_argument("--repeats", type=int, default=20, help="turns of a kernel; a step has a quarter of them")
+    parser.add_argument("--seconds", type=float, default=None, help="begin no further row after this long")
+    parser.add_argument("--out", type=Path, help="a JSON file with every row, written as rows come")
+    parser.add_argument("--table", action="store_true", help="print the empty tables and end")
+    found = parser.parse_args(arguments)
+    unknown = [name for name in found.only or [] if name not in names]
+    if unknown:
+        parser.error(f"expected --only with names of rows ({'; '.join(names)}), got {', '.join(unknown)}")
+    if found.repeats < 1:
+        parser.error(f"expected --repeats of at least 1, got {found.repeats}")
+    return found
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measure everything that was asked for, print the tables, and one JSON object last."""
+    arguments = parse(given)
+    if arguments.table:
+        sys.stdout.write(table([], []))
+        return
+    device = require_cuda()
+    clock = CudaClock(device, arguments.repeats)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "peaks": peaks(clock, device),
+        "rows": [],
+        "steps": [],
+    }
+    clock.clear()
+    begun = time.monotonic()
+
+    def wanted(name: str, model: str, group: str | None = None) -> bool:
+        late = arguments.seconds is not None and time.monotonic() - begun > arguments.seconds
+        named = arguments.only is None or name in arguments.only or group in arguments.only
+        return named and arguments.model in (None, model) and not late
+
+    def keep(kind: str, rows: list[dict[str, Any]]) -> None:
+        result[kind] += rows
+        for row in rows:
+            sys.stderr.write(f"{json.dumps(row)}\n")
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+    _measure(result["peaks"], clock, device, wanted, keep, arguments.repeats)
+    print(f"{result['device']}, torch {result['torch']}: ", end="")
+    print(", ".join(f"{name} {value:.3g}/s" for name, value in result["peaks"].items()) + "\n")
+    print(table(result["rows"], result["steps"]))
+    print(json.dumps(result))
+
+
+def _measure(
+    peak: dict[str, float],
+    clock: Any,
+    device: torch.device,
+    wanted: Callable[..., bool],
+    keep: Callable[[str, list[dict[str, Any]]], None],
+    repeats: int,
+) -> None:
+    """Every wanted row; memory is given back between cases, outside the frames that held it."""
+    for kernel in KERNELS:
+        for shape in SHAPES:
+            for count in ROWS if kernel.by_rows else ROWS[-1:]:
+                if wanted(kernel.name, shape.name):
+                    keep("rows", kernel_rows(kernel, shape, count, clock, Place(device=device), peak))
+                    clock.clear()
+    for case in STEPS:
+        if wanted(case.name, case.preset, "steps"):
+            keep("steps", [step_row(case, clock, device, peak, max(1, repeats // 4))])
+            clock.clear()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Each kernel's jobs at a shape, ours and the others' ways, on synthetic tensors made on the device.
+
+A `Case` makes its inputs once and gives a job for each way. A way that cannot run here is a text that says why. Shapes
+are those of `foedus_kernels.roofline`, smaller ones in tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from foedus_kernels import backend, mxfp4
+from foedus_kernels.clip import clipped_gradient_torch, segment_offsets, unit_square_norms_torch
+from foedus_kernels.cross_entropy import cross_entropy_torch
+from foedus_kernels.experts import Gate, PackedExperts, experts_torch
+from foedus_kernels.log_sparse import log_sparse_torch
+from foedus_kernels.roofline import Shape
+from foedus_kernels.sink import sink_attention_torch
+from gpu_routing import routed
+from torch import nn
+from torch.nn import functional
+
+OURS, REFERENCE, GROUPED, EAGER, THEIRS = "ours", "reference", "dequantise + grouped_mm", "eager", "triton_kernels"
+WAYS = (OURS, REFERENCE, GROUPED, EAGER, THEIRS)
+LONGEST_EAGER = 8192  # Eager's scores are n x n for each of 64 heads: 17 GB in float32 at this length.
+
+Job = Callable[[], object]
+Jobs = dict[str, "Job | str"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and in what type a case runs."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    seed: int = 0
+
+    def generator(self) -> torch.Generator:
+        """The case's own."""
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def normal(self, *shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Gaussian values."""
+        return torch.randn(*shape, generator=generator, device=self.device, dtype=torch.float32).to(self.dtype)
+
+
+def stack(place: Place, experts: int, outs: int, ins: int, generator: torch.Generator) -> mxfp4.Mxfp4Weights:
+    """Random codes, and scale bytes 117 to 123 as trained weights have them."""
+    blocks = torch.empty(experts, outs, ins // 32, 16, dtype=torch.uint8, device=place.device)
+    scales = torch.empty(experts, outs, ins // 32, dtype=torch.uint8, device=place.device)
+    return mxfp4.Mxfp4Weights(
+        blocks.random_(0, 256, generator=generator), scales.random_(117, 124, generator=generator)
+    )
+
+
+def packed_layer(place: Place, shape: Shape) -> PackedExperts:
+    """One layer's experts."""
+    generator = place.generator()
+    return PackedExperts(
+        stack(place, shape.experts, 2 * shape.inner, shape.hidden, generator),
+        place.normal(shape.experts, 2 * shape.inner, generator=generator),
+        stack(place, shape.experts, shape.hidden, shape.inner, generator),
+        place.normal(shape.experts, shape.hidden, generator=generator),
+    )
+
+
+def fused_or_why(place: Place) -> str | None:
+    """Why the fused path cannot run, or None."""
+    return backend.missing_for_kernels(place.device)
+
+
+class _Decoded(torch.autograd.Function):
+    """``rows W^T`` by the library's grouped product over matrices that are decoded for it, again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: mxfp4.Mxfp4Weights, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.weights = weights
+        ctx.save_for_backward(offsets)
+        dense = mxfp4.decode(*weights.tensors(), rows.dtype)  # (E, N, K)
+        return grouped_mm(rows, dense.mT, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        return grouped_mm(grad.contiguous(), mxfp4.decode(*ctx.weights.tensors(), grad.dtype), offsets), None, None
+
+
+def grouped_mm(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The library's grouped product, under the name that this torch has."""
+    function = getattr(functional, "grouped_mm", None) or torch._grouped_mm
+    return function(left, right, offs=offsets)
+
+
+def grouped_experts(
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, packed: PackedExperts
+) -> torch.Tensor:
+    """A layer of experts with every matrix decoded before the library's product: what others do."""
+    flat, experts = ids.flatten(), packed.gate_up.shape[0]
+    order = flat.argsort(stable=True)  # (S,)
+    chosen = flat[order]
+    offsets = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)  # (E,)
+    found = _Decoded.apply(hidden[order // ids.shape[1]], packed.gate_up, offsets) + packed.gate_up_bias[chosen]
+    gate, up = found[:, 0::2].clamp(max=7.0), found[:, 1::2].clamp(-7.0, 7.0)
+    inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)  # (S, N)
+    out = _Decoded.apply(inner, packed.down, offsets) + packed.down_bias[chosen]
+    out = (out * weights.flatten()[order].unsqueeze(1))[order.argsort()]
+    return out.view(*ids.shape, -1).sum(1)
+
+
+def eager_layer(packed: PackedExperts, shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """transformers' module with its matrices decoded once; its loop over experts."""
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    sizes = {"num_local_experts": shape.experts, "hidden_size": shape.hidden, "intermediate_size": shape.inner}
+    with torch.device("meta"):
+        layer = GptOssExperts(GptOssConfig(**sizes))
+    layer.config._experts_implementation = "eager"
+    values = {
+        "gate_up_proj": mxfp4.decode(*packed.gate_up.tensors(), dtype).mT.contiguous(),
+        "gate_up_proj_bias": packed.gate_up_bias,
+        "down_proj": mxfp4.decode(*packed.down.tensors(), dtype).mT.contiguous(),
+        "down_proj_bias": packed.down_bias,
+    }
+    for name, value in values.items():
+        setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    return layer
+
+
+def decode_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
+    """K0."""
+    packed = packed_layer(place, shape)
+    stacks = [one.tensors() for one in (packed.gate_up, packed.down)]
+    missing = fused_or_why(place)
+
+    def run(decode: Callable[..., torch.Tensor]) -> Job:
+        return lambda: [decode(*tensors, place.dtype) for tensors in stacks]
+
+    def theirs() -> Job:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        return lambda: [convert_moe_packed_tensors(*tensors, dtype=place.dtype) for tensors in stacks]
+
+    return {
+        OURS: missing if missing else run(mxfp4.decode),
+        REFERENCE: run(mxfp4.decode_torch),
+        EAGER: theirs(),
+    }
+
+
+def experts_jobs(place: Place, shape: Shape, tokens: int, *, backward: bool) -> Jobs:
+    """K1, or K2 alone: the gradient by the hidden states of a forward that was made before."""
+    packed, generator = packed_layer(place, shape), place.generator()
+    hidden = place.normal(tokens, shape.hidden, generator=generator).requires_grad_(backward)
+    ids = torch.from_numpy(routed(tokens, shape.experts, shape.top_k, place.seed)).to(place.device)
+    weights = torch.softmax(place.normal(tokens, shape.top_k, generator=generator).float(), -1).to(place.dtype)
+    upstream = place.normal(tokens, shape.hidden, generator=generator)
+
+    def ours(path: str) -> Callable[[], torch.Tensor]:
+        return lambda: experts_torch(hidden, ids, weights, packed, Gate(), path=path)
+
+    def job(forward: Callable[[], torch.Tensor]) -> Job:
+        if not backward:
+            return forward
+        out = forward()
+        return lambda: torch.autograd.grad(out, hidden, upstream, retain_graph=True)
+
+    def eager() -> Job:
+        layer = eager_layer(packed, shape, place.dtype)
+        return job(lambda: layer(hidden, ids, weights))
+
+    missing = fused_or_why(place)
+    found: Jobs = {
+        OURS: missing if missing else job(ours(backend.FUSED)),
+        REFERENCE: job(ours(backend.DEQUANTISED)),
+        GROUPED: job(lambda: grouped_experts(hidden, ids, weights, packed)),
+        EAGER: eager(),
+    }
+    if not backward:
+        found[THEIRS] = _their_kernels()
+    return found
+
+
+def _their_kernels() -> str:
+    if importlib.util.find_spec("triton_kernels") is None:
+        return "triton_kernels is not installed"
+    return "this bench has no call for the installed triton_kernels, whose interface changes between versions"
+
+
+def unit_jobs(place: Place, shape: Shape, tokens: int, *, norms: bool) -> Jobs:
+    """K3: squared norms of (expert, unit)s, or the sum of scaled gradients; B of both projections."""
+    generator, units = place.generator(), shape.units
+    ids = torch.from_numpy(routed(tokens, shape.experts, shape.top_k, place.seed)).to(place.device)
+    offsets = segment_offsets(ids, units, shape.experts)
+    rows = ids.numel()
+    pairs = [
+        (place.normal(rows, out, generator=generator), place.normal(rows, shape.rank, generator=generator))
+        for out in (2 * shape.inner, shape.hidden)
+    ]
+    factors = torch.rand(units, generator=generator, device=place.device)
+    spread = factors.repeat(shape.experts).repeat_interleave(offsets.diff(), output_size=rows).to(place.dtype)
+    step = 1 if norms else units
+    ends = offsets[step::step].to(torch.int32)  # (E * U,) or (E,)
+
+    def ours() -> object:
+        if norms:
+            return [unit_square_norms_torch(left, right, offsets) for left, right in pairs]
+        return [clipped_gradient_torch(left, right, offsets, factors) for left, right in pairs]
+
+    def grouped() -> object:
+        if norms:
+            return [grouped_mm(left.T, right, ends).float().square().sum((1, 2)) for left, right in pairs]
+        return [grouped_mm((left * spread.unsqueeze(1)).T, right, ends) for left, right in pairs]
+
+    # On CUDA the operators run the device code, on a CPU the reference: one of the two names says which.
+    missing = fused_or_why(place)
+    return {
+        OURS: missing or ours,
+        REFERENCE: ours if missing else "the operator runs the device code",
+        GROUPED: grouped,
+    }
+
+
+def attention_jobs(place: Place, shape: Shape, tokens: int, *, kind: str) -> Jobs:
+    """K5 and sinks: `kind` is ``log-sparse forward``, ``log-sparse backward``, ``full`` or ``sliding`` (both ways)."""
+    generator, scale = place.generator(), shape.width**-0.5
+    q = place.normal(1, shape.heads, tokens, shape.width, generator=generator)
+    k, v = (place.normal(1, shape.kv_heads, tokens, shape.width, generator=generator) for _ in range(2))
+    sinks = place.normal(shape.heads, generator=generator)
+    upstream = place.normal(*q.shape, generator=generator)
+    inputs = tuple(one.requires_grad_(kind != "log-sparse forward") for one in (q, k, v, sinks))
+    window = shape.window if kind == "sliding" else None
+
+    def eager() -> torch.Tensor:
+        back = torch.arange(tokens, device=place.device).unsqueeze(1) - torch.arange(tokens, device=place.device)
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        groups = shape.heads // shape.kv_heads
+        keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = (q @ keys.mT * scale).masked_fill(hidden, -float("inf"))
+        joined = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, tokens, 1)], -1)
+        return torch.softmax(joined.float(), -1).to(q.dtype)[..., :-1] @ values
+
+    def job(forward: Callable[[], torch.Tensor]) -> Job:
+        if kind == "log-sparse forward":
+            return forward
+        if kind == "log-sparse backward":
+            out = forward()
+            return lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(), inputs, upstream)
+
+    if kind.startswith("log-sparse"):
+        found: Jobs = {OURS: job(lambda: log_sparse_torch(*inputs, scale=scale))}
+    else:
+        found = {OURS: job(lambda: sink_attention_torch(*inputs, scale=scale, window=window))}
+    if tokens > LONGEST_EAGER:
+        found[EAGER] = f"its scores are {tokens:,} x {tokens:,}"
+    else:
+        found[EAGER] = job(eager)
+    return found
+
+
+def cross_entropy_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
+    """The head's losses and their gradient by the hidden states."""
+    generator = place.generator()
+    hidden = place.normal(tokens, shape.hidden, generator=generator).requires_grad_()
+    head = place.normal(shape.vocabulary, shape.hidden, generator=generator).mul_(0.02)
+    targets = torch.randint(0, shape.vocabulary, (tokens,), generator=generator, device=place.device)
+
+    def ours() -> object:
+        return torch.autograd.grad(cross_entropy_torch(hidden, head, targets).sum(), hidden)
+
+    def eager() -> object:
+        losses = functional.cross_entropy((hidden @ head.T).float(), targets, reduction="none")
+        return torch.autograd.grad(losses.sum(), hidden)
+
+    return {OURS: ours, EAGER: eager if tokens <= LONGEST_EAGER else "its logits alone take 6.6 GB and more"}
+
+
+def link_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
+    """K4's link: one layer's bytes from pinned memory."""
+    size = shape.gate_up_bytes + shape.down_bytes
+    there = torch.empty(size, dtype=torch.uint8, device=place.device)
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=place.device.type == "cuda")
+    return {OURS: lambda: there.copy_(pinned, non_blocking=True)}
+
+
+JOBS: dict[str, Callable[[Place, Shape, int], Jobs]] = {
+    "K0 decode": decode_jobs,
+    "K1 experts, forward": lambda place, shape, tokens: experts_jobs(place, shape, tokens, backward=False),
+    "K2 experts, backward": lambda place, shape, tokens: experts_jobs(place, shape, tokens, backward=True),
+    "K3 norms": lambda place, shape, tokens: unit_jobs(place, shape, tokens, norms=True),
+    "K3 weight gradient": lambda place, shape, tokens: unit_jobs(place, shape, tokens, norms=False),
+    "K5 log-sparse, forward": lambda *case: attention_jobs(*case, kind="log-sparse forward"),
+    "K5 log-sparse, backward": lambda *case: attention_jobs(*case, kind="log-sparse backward"),
+    "sinks, full layer": lambda *case: attention_jobs(*case, kind="full"),
+    "sinks, sliding layer": lambda *case: attention_jobs(*case, kind="sliding"),
+    "cross-entropy": cross_entropy_jobs,
+    "K4 link": link_jobs,
+}
+"""By the names of `foedus_kernels.roofline.KERNELS`."""
+
+
+def small(shape: Shape) -> Shape:
+    """The shape with widths for a CPU's test."""
+    return replace(
+        shape, experts=8, top_k=2, hidden=64, inner=32, heads=4, kv_heads=2, width=16, window=16, vocabulary=50, units=2
+    )

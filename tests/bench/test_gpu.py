@@ -1,0 +1,186 @@
+"""The bench of a GPU without one: its table, its histogram, its argument checks, and every job at a small size."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foedus_kernels.roofline import GPT_OSS_20B, KERNELS, SHAPES
+from foedus_kernels.testing import assert_close
+from foedus_model.synthesise import shaped
+
+BENCH = Path(__file__).parent
+CPU = torch.device("cpu")
+PEAK = {"flops": 1e12, "bandwidth": 1e11, "link": 1e10}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that imports a module of the bench."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+class OnceClock:
+    """Runs a job once."""
+
+    def seconds(self, job: Any) -> float:
+        job()
+        return 0.5
+
+    def peak_bytes(self) -> int:
+        return 10**9
+
+    def synchronise(self) -> None:
+        """Nothing runs elsewhere."""
+
+
+# --- The histogram ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("rows", [16, 256])
+def test_the_histogram_has_the_published_figures(bench: Any, shape: Any, rows: int) -> None:
+    routing = bench("gpu_routing")
+    tokens = shape.tokens(rows)
+    counts = routing.expert_counts(tokens, shape.experts, 4)
+    assert counts.sum() == 4 * tokens
+    assert counts.max() <= tokens
+    assert np.count_nonzero(counts) == round(0.98 * shape.experts)
+    assert routing.coefficient(counts) == pytest.approx(0.69, abs=0.01)
+
+
+def test_a_token_has_its_experts_once_and_a_seed_repeats(bench: Any) -> None:
+    routing = bench("gpu_routing")
+    ids = routing.routed(512, 128, 4, seed=1)
+    assert ids.shape == (512, 4)
+    assert all(len(set(row)) == 4 for row in ids.tolist())
+    counts = np.sort(np.bincount(ids.ravel(), minlength=128))[::-1]
+    assert np.array_equal(counts, routing.expert_counts(512, 128, 4))
+    assert np.array_equal(ids, routing.routed(512, 128, 4, seed=1))
+    assert not np.array_equal(ids, routing.routed(512, 128, 4, seed=2))
+
+
+@pytest.mark.parametrize("wrong", [(512, 128, 0), (512, 3, 4), (10, 128, 4)])
+def test_a_histogram_that_cannot_be_is_refused(bench: Any, wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="experts a token"):
+        bench("gpu_routing").expert_counts(*wrong)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "gpu.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_without_a_gpu_it_says_one_line_and_fails(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"^error: expected a CUDA device to measure on, got none[^\n]*$"):
+        bench("gpu").main([])
+
+
+def test_the_command_prints_the_empty_tables_and_refuses_what_it_does_not_know() -> None:
+    assert "| K1 experts, forward | gpt-oss-120b | 16 | not measured |" in run("--table").stdout
+    for options, text in ((["--only", "K9"], "got K9"), (["--repeats", "0"], "got 0")):
+        done = run(*options)
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+
+
+def test_the_page_has_the_rows(bench: Any) -> None:
+    page = (BENCH.parents[1] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"<!-- gpu -->\n\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert written == bench("gpu").table([], [])
+    cells = [line.split(" | ")[3:] for line in written.splitlines() if line.startswith(("| K", "| sinks", "| cross"))]
+    assert {cell.strip(" |") for row in cells for cell in row} == {"not measured", "-"}
+
+
+def test_a_measured_row_replaces_not_measured(bench: Any) -> None:
+    row = {
+        "kernel": "K1 experts, forward", "model": "gpt-oss-20b", "rows_an_expert": 256, "way": "ours", "seconds": 1e-3,
+        "share_of_flops": 0.52, "share_of_bandwidth": 0.2, "peak_bytes": 2_000_000_000,
+    }  # fmt: skip
+    step = {"step": "20b, 2,048 tokens", "seconds": 0.2, "tokens_a_second": 10240.0, "peak_bytes": 16_500_000_000}
+    text = bench("gpu").table([row], [step])
+    assert "| K1 experts, forward | gpt-oss-20b | 256 | 1,000 | not measured |" in text
+    assert "| 52% of FLOP/s | 2.00 GB |" in text
+    assert "| 10,240 | 16.50 GB |" in text
+
+
+# --- Every job, small, on a CPU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_every_job_runs_or_says_why_not(bench: Any, kernel: Any) -> None:
+    kernels, gpu = bench("gpu_kernels"), bench("gpu")
+    shape = kernels.small(GPT_OSS_20B)
+    place = kernels.Place(device=CPU, dtype=torch.float32)
+    rows = gpu.kernel_rows(kernel, shape, 16, OnceClock(), place, PEAK)
+    ways = gpu.WAYS_OF.get(kernel.name, frozenset({"ours", "eager"}))
+    assert {row["way"] for row in rows} == ways
+    for row in rows:
+        assert (row["seconds"] == 0.5) or "CUDA" in row["why"] or "GPU" in row["why"] or "triton" in row["why"], row
+    assert sum(row["seconds"] is not None for row in rows) >= 1
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_ways_through_the_experts_agree(bench: Any, backward: bool) -> None:
+    kernels = bench("gpu_kernels")
+    place = kernels.Place(device=CPU, dtype=torch.float32)
+    jobs = kernels.experts_jobs(place, kernels.small(GPT_OSS_20B), 64, backward=backward)
+    found = {way: job() for way, job in jobs.items() if callable(job)}
+    assert set(found) == {"reference", "dequantise + grouped_mm", "eager"}
+    values = {way: one[0] if backward else one for way, one in found.items()}
+    for way in ("dequantise + grouped_mm", "eager"):
+        assert_close(values[way], values["reference"], max_relative=1e-4, rms=1e-5, what=way)
+
+
+@pytest.mark.parametrize("kind", ["full", "sliding"])
+def test_the_eager_attention_is_ours(bench: Any, kind: str) -> None:
+    kernels = bench("gpu_kernels")
+    place = kernels.Place(device=CPU, dtype=torch.float32)
+    jobs = kernels.attention_jobs(place, kernels.small(GPT_OSS_20B), 48, kind=kind)
+    for ours, eager in zip(jobs["ours"](), jobs["eager"](), strict=True):
+        assert_close(ours, eager, max_relative=1e-4, rms=1e-5)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_grouped_product_makes_the_same_gradients(bench: Any, norms: bool) -> None:
+    kernels = bench("gpu_kernels")
+    place = kernels.Place(device=CPU, dtype=torch.float32)
+    jobs = kernels.unit_jobs(place, kernels.small(GPT_OSS_20B), 64, norms=norms)
+    for ours, grouped in zip(jobs["reference"](), jobs["dequantise + grouped_mm"](), strict=True):
+        assert_close(grouped, ours, max_relative=1e-4, rms=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [0, 2])
+def test_a_whole_step_runs_small(bench: Any, streamed: int) -> None:
+    steps = bench("gpu_steps")
+    config = shaped("tiny", layers=2, experts=4, vocabulary=300) | {"tie_word_embeddings": False}
+    step = steps.Step(config, 64, device=CPU, dtype=torch.float32, streamed=streamed)
+    assert steps.median_of(step, 1, lambda: None) > 0
+    step.close()
+    assert "dequantised" in step.path
+
+
+def test_a_step_that_fails_is_a_row_that_says_why(bench: Any) -> None:
+    gpu = bench("gpu")
+    case = gpu.StepCase(name="none", preset="no such preset", tokens=8, goal="-")
+    row = gpu.step_row(case, OnceClock(), CPU, PEAK, 1)
+    assert row["seconds"] is None
+    assert "no such preset" in row["why"]
