@@ -93,7 +93,7 @@ class Session:
             )
         model = load_base(base, expect_digest=setup.base_digest, device=default_device(), stream=streamed is not None)
         adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
-        choose_path(model, rows=rows, wanted=experts)
+        choose_path(model, rows=rows, device=default_device(), wanted=experts)
         if fused:
             fuse_attention(model)
         streaming = None

@@ -30,6 +30,7 @@ from foedus_client.session import Session, default_device
 from foedus_client.work import Setup, StepTermsTask, TrainTask
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
+from foedus_model.experts import choose_path
 from foedus_model.generate import read_variant_manifest
 from foedus_protocols import accounting, rules
 from foedus_protocols.charter import Charter, less_slack, noise_slack
@@ -90,6 +91,7 @@ def compare(
     layout = charter.adapter.layout(read_config(base))
     model = load_base(base, expect_digest=charter.base, device=default_device())
     adapter = attach(model, layout, seed=charter.adapter.seed, alpha=charter.adapter.alpha, rank=charter.adapter.rank)
+    choose_path(model, rows=charter.recipe.max_tokens * charter.recipe.max_records_per_unit)
     held = {one.org: _dataset(one, charter, base) for one in organisations}
     material, left_out = _material(charter, organisations, held, base)
     parties = [_party(charter, org, data) for org, data in held.items()]

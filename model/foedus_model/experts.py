@@ -113,12 +113,20 @@ class QuantisedExperts(RoutedExperts):
         return self._codec.weights(first, second)
 
 
-def choose_path(model: nn.Module, *, rows: int, wanted: str | None = None, interpreted: bool = False) -> Choice | None:
+def choose_path(
+    model: nn.Module,
+    *,
+    rows: int,
+    device: torch.device | str | None = None,
+    wanted: str | None = None,
+    interpreted: bool = False,
+) -> Choice | None:
     """Choose how a model's experts multiply, for the whole of a run, and say in the log which way and why.
 
     Args:
-        model: With layers of `RoutedExperts` on the device where it runs; changed in place.
+        model: With layers of `RoutedExperts`; changed in place.
         rows: The most tokens that one forward of the run can have. No batch is looked at.
+        device: Where it runs; None where its parameters lie. Experts that stream lie elsewhere.
         wanted: ``fused`` or ``dequantised``; None takes what `foedus_kernels.backend.choose` does.
         interpreted: Allow ``fused`` on a CPU by way of Triton's interpreter: for tests.
 
@@ -131,9 +139,9 @@ def choose_path(model: nn.Module, *, rows: int, wanted: str | None = None, inter
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     if not layers:
         return None
-    device = next(model.parameters()).device  # Not a layer's: streamed matrices rest elsewhere.
+    where = next(model.parameters()).device if device is None else device
     try:
-        choice = choose(device=device, codec=layers[0].quantisation, rows=rows, wanted=wanted, interpreted=interpreted)
+        choice = choose(device=where, codec=layers[0].quantisation, rows=rows, wanted=wanted, interpreted=interpreted)
     except ValueError as error:
         raise ConfigError(f"experts: {error}") from error
     for layer in layers:
