@@ -1,13 +1,13 @@
 """Compile every kernel for every architecture without a card, and say what it takes: a program of its own.
 
 The interpreter hides what a compiler finds: types that do not meet, layouts that do not exist, registers that spill to
-memory. Triton compiles for a named target on any machine and brings NVIDIA's assembler; the assembler's report has the
-registers of a thread and what it spilled, Triton's the shared memory of a program. Nothing of it is a time.
+memory. Triton compiles for a named target on any machine and brings NVIDIA's assembler; what it assembled says the
+registers of a thread and what it spilled to its stack, Triton the shared memory of a program. Nothing of it is a time.
 `test_compiles.py` runs this where Triton is not told to interpret; by hand::
 
     PYTHONPATH=kernels:tests python -m support.compile_kernels [words of a kernel's name]
 
-To add a kernel, add a line to `CASES`: its module and name, the values of its constants, the types of its pointers and
+To add a kernel, add a line to `cases`: its module and name, the values of its constants, the types of its pointers and
 other arguments in order, warps and stages as its launcher has them. Shapes are gpt-oss's. What runs in float32 is for
 tests, and is compiled for one architecture to save time.
 """
@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
@@ -162,12 +161,12 @@ class Compiled(NamedTuple):
     architecture: int
     registers: int  # of a thread
     shared: int  # bytes of a program
-    spilled: int  # bytes of a thread, stored and loaded
+    spilled: int  # bytes of a thread that lie in memory instead: its stack
     narrow: list[str]  # 32-bit numbers that could pass 2^31 on their way to a pointer: `narrow_offsets`
 
 
 def compiled(case: Case, architecture: int) -> Compiled:
-    """Compile for an architecture and read the assembler's report."""
+    """Compile for an architecture and read what came of it."""
     module, name = case.kernel.split(".")
     function = getattr(importlib.import_module(f"{_MODULES}.{module}"), name)
     given = iter(case.types.split())
@@ -182,27 +181,25 @@ def compiled(case: Case, architecture: int) -> Compiled:
     source = ASTSource(function, signature, constexprs=case.constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
     built = triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": case.stages})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(built.asm["ptx"])
-        report = _assembled(path, built.asm["ptx"], architecture)
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    spilled = sum(int(one) for one in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    used = _resources(built.asm["cubin"])
     return Compiled(
-        case.label, architecture, registers, built.metadata.shared, spilled, narrow_offsets(built.asm["ttir"])
+        case.label,
+        architecture,
+        registers=used["REG"],
+        shared=built.metadata.shared,
+        spilled=used["STACK"] + used["LOCAL"],
+        narrow=narrow_offsets(built.asm["ttir"]),
     )
 
 
-def _assembled(path: Path, ptx: str, architecture: int) -> str:
-    """The assembler's report."""
-    target = re.search(r"^\.target (\S+?)(?:,|\s|$)", ptx, re.MULTILINE).group(1)
-    done = subprocess.run(
-        [get_ptxas(architecture).path, "-v", "--gpu-name", target, path, "-o", path.with_suffix(".cubin")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stderr + done.stdout
+def _resources(binary: bytes) -> dict[str, int]:
+    """What a compiled kernel says that it takes."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
 
 
 def narrow_offsets(ttir: str) -> list[str]:
