@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,10 +39,17 @@ if TYPE_CHECKING:
 app = typer.Typer(help="A whole federation on this machine.")
 
 _DOMAIN = "medical"
+_INVENTED_ORGANISATIONS = 3
+_SYNTHETIC_UNITS = 48  # Invented units of the first organisation, in a short run.
+
+
+# What a run on random weights has in place of the defaults, where the command line says nothing.
+_SHORT: dict[str, Any] = {"rounds": 2, "expected_units": 8, "max_records_per_unit": 2, "max_heldout_records": 4}
 
 
 @app.command()
 def demo(
+    context: typer.Context,
     domain: Annotated[str | None, typer.Option(help="Invented text of clinics (medical) or law firms (legal).")] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder with your own files instead: one file, one organisation.")
@@ -63,6 +71,12 @@ def demo(
     no_privacy: NoPrivacyOption = False,
     folder: Annotated[Path | None, typer.Option(help="Where everything goes; default: ./foedus-demo.")] = None,
     base: BaseOption = None,
+    preset: Annotated[
+        str | None, typer.Option(help="With --synthetic: whose shape, gpt-oss-20b, gpt-oss-120b, moe-16e-32k or tiny.")
+    ] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="RANDOM weights at the true shape of --preset, and a short run.")
+    ] = False,
     adapter: AdapterOption = Adapted.attention,
     layers: LayersOption = None,
     max_tokens: MaxTokensOption = 256,
@@ -84,24 +98,60 @@ def demo(
 
     if data is not None and domain is not None:
         raise UsageError("expected --domain or --data, got both")
+    if synthetic != (preset is not None):
+        raise UsageError(
+            "expected --preset and --synthetic together, got one of them: a preset is a shape without weights"
+        )
+    if synthetic and base is not None:
+        raise UsageError("expected --base or --synthetic, got both")
     terms = Terms(
         private=not no_privacy, epsilon=epsilon, delta=delta, rounds=rounds, seed=seed, max_tokens=max_tokens,
         max_records_per_unit=max_records_per_unit, expected_units=expected_units,
         max_heldout_records=max_heldout_records, rate=rate, l2_clip_norm=clip, evaluate_every=evaluate_every,
         round_seconds=round_seconds, adapter=adapter.value, layers=parse_layers(layers),
     )  # fmt: skip
+    if synthetic:
+        terms = replace(terms, **{name: value for name, value in _SHORT.items() if _is_default(context, name)})
     model = base or shipped_base()
     # What cannot be meant is found before an earlier demo's folder is emptied.
     if data is None:
         check_domain(domain or _DOMAIN)
     own = None if data is None else plan_data(data, unit or [], columns or [], model, terms)
-    with demo_folder(folder or Path("foedus-demo" if terms.private else "foedus-demo-NOT-PRIVATE")) as place:
-        plan = own or plan_invented(place / "data", domain or _DOMAIN, terms)
+    place = folder or Path("foedus-demo" if terms.private else "foedus-demo-NOT-PRIVATE")
+    described = None if preset is None else _required(preset, terms, place, own)
+    with demo_folder(place) as place:
+        if described is not None:
+            model = _synthetic_base(place / "base", described, terms.seed, model)
+        text = {} if described is None else {"units": _SYNTHETIC_UNITS}
+        plan = own or plan_invented(place / "data", domain or _DOMAIN, terms, **text)
         _announce(plan)
         result = run_demo(plan, place, model)
         draw(result, place / "coordinator", result.variant / "rounds.png")
         compared = _compared(result, place, model) if compare else {}
     emit(result.summary() | compared, output, lambda console: _show(result, compared, console))
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name.startswith("DEFAULT")
+
+
+def _required(preset: str, terms: Terms, place: Path, own: Plan | None) -> dict[str, Any]:
+    """The preset's configuration, once disk and memory were found to be enough."""
+    from foedus_local import synthetic
+
+    organisations = len(own.organisations) if own is not None else _INVENTED_ORGANISATIONS
+    return synthetic.require(preset, terms, place, organisations=organisations)
+
+
+def _synthetic_base(place: Path, described: dict[str, Any], seed: int, tokenizer_of: Path) -> Path:
+    from foedus_local import synthetic
+
+    progress_console.print(
+        "  [bold]SYNTHETIC[/bold]: random weights at the true shape, NOT a trained model. Losses mean nothing.",
+        highlight=False,
+    )
+    return synthetic.write_base(place, described, seed=seed, tokenizer_of=tokenizer_of)
 
 
 def _compared(result: Result, place: Path, model: Path) -> dict[str, Any]:

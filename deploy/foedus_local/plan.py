@@ -128,10 +128,10 @@ def check_domain(domain: str) -> None:
         raise UsageError(f"expected --domain {' or '.join(DOMAINS)}, got {domain!r}")
 
 
-def plan_invented(folder: Path, domain: str, terms: Terms) -> Plan:
-    """A demo on invented text, written into `folder`."""
+def plan_invented(folder: Path, domain: str, terms: Terms, *, units: int = 600) -> Plan:
+    """A demo on invented text, written into `folder`; `units` are the first organisation's."""
     check_domain(domain)
-    text = write_demo_text(folder, domain=domain, seed=terms.seed)
+    text = write_demo_text(folder, domain=domain, seed=terms.seed, units=units)
     organisations = tuple(
         Organisation(
             org=org,

@@ -62,7 +62,13 @@ def shaped(
 
 
 def synthesise(
-    path: Path, config: Mapping[str, Any], *, seed: int, layout: str = "released", shard_bytes: int = SHARD_BYTES
+    path: Path,
+    config: Mapping[str, Any],
+    *,
+    seed: int,
+    layout: str = "released",
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer_file: Path | None = None,
 ) -> str:
     """Write random weights for a configuration with MXFP4 experts, one tensor in memory at a time.
 
@@ -72,6 +78,7 @@ def synthesise(
         seed: Makes the weights repeatable.
         layout: ``released``, or ``original`` for OpenAI's names.
         shard_bytes: The most that a file holds.
+        tokenizer_file: A ``tokenizer.json`` to copy, of no more tokens than the configuration has; or None.
 
     Returns:
         The base's digest.
@@ -95,7 +102,7 @@ def synthesise(
             config=config,
             specs=specs,
             make=make,
-            tokenizer_file=None,
+            tokenizer_file=tokenizer_file,
             provenance={"made": PROVENANCE, "seed": seed},
             shard_bytes=shard_bytes,
             layout=layout,
