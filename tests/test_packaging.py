@@ -24,6 +24,7 @@ MODULES = {
     "dp-accounting": "dp_accounting",
     "pyyaml": "yaml",
 }
+TRITON = "triton"
 SIMULATION = "ray"  # What flwr's own extra brings along.
 TOOLS = {"bandit", "import-linter", "mypy", "pre-commit", "pytest-xdist", "ruff"}
 """Development tools that are run and not imported."""
@@ -53,7 +54,16 @@ def test_the_base_is_what_protocols_imports() -> None:
 
 
 def test_the_clients_extra_is_what_its_packages_import_beyond_the_base() -> None:
-    assert imported(PACKAGES["client"]) - declared("") == declared("client")
+    assert imported(PACKAGES["client"]) - declared("") - {TRITON} == declared("client")
+
+
+def test_only_device_code_imports_triton() -> None:
+    """torch's builds for a GPU bring the Triton that they were made with; a CPU needs none (`backend.py` asks)."""
+    device = REPOSITORY / "kernels" / "foedus_kernels" / "device"
+    for folder in PACKAGES["client"]:
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            spoken = re.search(r"^\s*(import|from) triton\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert not spoken or device in path.parents, path
 
 
 def test_the_coordinators_extra_is_what_its_packages_import_beyond_the_others() -> None:
