@@ -94,14 +94,14 @@ def kernel_rows(
     except Exception as error:  # One case's failure, mostly of memory, must not lose the others.
         return [about | {"way": OURS, "seconds": None, "why": _reason(error)}]
     rows = []
-    for way, job in jobs.items():
+    for way, make in jobs.items():
         row = about | {"way": way}
-        if isinstance(job, str):
-            rows.append(row | {"seconds": None, "why": job})
+        if isinstance(make, str):
+            rows.append(row | {"seconds": None, "why": make})
             continue
+        clock.clear()  # Of the way before.
         try:
-            clock.peak_bytes()
-            seconds = clock.seconds(job)
+            seconds = clock.seconds(make())
         except Exception as error:
             rows.append(row | {"seconds": None, "why": _reason(error)})
             continue
@@ -127,7 +127,7 @@ def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, f
         from foedus_model.presets import preset
 
         step = Step(preset(case.preset), case.tokens, device=device, dtype=torch.bfloat16, streamed=case.streamed)
-        clock.peak_bytes()
+        clock.clear()
         seconds = median_of(step, repeats, clock.synchronise)
     except Exception as error:  # As above; an import that this machine lacks is a reason, too.
         return about | {"seconds": None, "why": _reason(error)}

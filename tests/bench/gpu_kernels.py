@@ -1,7 +1,7 @@
 """Each kernel's jobs at a shape, ours and the others' ways, on synthetic tensors made on the device.
 
-A `Case` makes its inputs once and gives a job for each way. A way that cannot run here is a text that says why. Shapes
-are those of `foedus_kernels.roofline`, smaller ones in tests.
+A function makes the inputs of a case once and gives what makes the job of each way. A way that cannot run here is a
+text that says why. Shapes are those of `foedus_kernels.roofline`, smaller ones in tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ WAYS = (OURS, REFERENCE, GROUPED, EAGER, THEIRS)
 LONGEST_EAGER = 8192  # Eager's scores are n x n for each of 64 heads: 17 GB in float32 at this length.
 
 Job = Callable[[], object]
-Jobs = dict[str, "Job | str"]
+Jobs = dict[str, "Callable[[], Job] | str"]
+"""By way: what makes the job, when its turn comes, so that no way holds another's memory; or why it cannot run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +138,8 @@ def decode_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
     stacks = [one.tensors() for one in (packed.gate_up, packed.down)]
     missing = fused_or_why(place)
 
-    def run(decode: Callable[..., torch.Tensor]) -> Job:
-        return lambda: [decode(*tensors, place.dtype) for tensors in stacks]
+    def run(decode: Callable[..., torch.Tensor]) -> Callable[[], Job]:
+        return lambda: lambda: [decode(*tensors, place.dtype) for tensors in stacks]
 
     def theirs() -> Job:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -148,7 +149,7 @@ def decode_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
     return {
         OURS: missing if missing else run(mxfp4.decode),
         REFERENCE: run(mxfp4.decode_torch),
-        EAGER: theirs(),
+        EAGER: theirs,
     }
 
 
@@ -175,10 +176,10 @@ def experts_jobs(place: Place, shape: Shape, tokens: int, *, backward: bool) -> 
 
     missing = fused_or_why(place)
     found: Jobs = {
-        OURS: missing if missing else job(ours(backend.FUSED)),
-        REFERENCE: job(ours(backend.DEQUANTISED)),
-        GROUPED: job(lambda: grouped_experts(hidden, ids, weights, packed)),
-        EAGER: eager(),
+        OURS: missing if missing else lambda: job(ours(backend.FUSED)),
+        REFERENCE: lambda: job(ours(backend.DEQUANTISED)),
+        GROUPED: lambda: job(lambda: grouped_experts(hidden, ids, weights, packed)),
+        EAGER: eager,
     }
     if not backward:
         found[THEIRS] = _their_kernels()
@@ -219,9 +220,9 @@ def unit_jobs(place: Place, shape: Shape, tokens: int, *, norms: bool) -> Jobs:
     # On CUDA the operators run the device code, on a CPU the reference: one of the two names says which.
     missing = fused_or_why(place)
     return {
-        OURS: missing or ours,
-        REFERENCE: ours if missing else "the operator runs the device code",
-        GROUPED: grouped,
+        OURS: missing or (lambda: ours),
+        REFERENCE: (lambda: ours) if missing else "the operator runs the device code",
+        GROUPED: lambda: grouped,
     }
 
 
@@ -253,13 +254,13 @@ def attention_jobs(place: Place, shape: Shape, tokens: int, *, kind: str) -> Job
         return lambda: torch.autograd.grad(forward(), inputs, upstream)
 
     if kind.startswith("log-sparse"):
-        found: Jobs = {OURS: job(lambda: log_sparse_torch(*inputs, scale=scale))}
+        found: Jobs = {OURS: lambda: job(lambda: log_sparse_torch(*inputs, scale=scale))}
     else:
-        found = {OURS: job(lambda: sink_attention_torch(*inputs, scale=scale, window=window))}
+        found = {OURS: lambda: job(lambda: sink_attention_torch(*inputs, scale=scale, window=window))}
     if tokens > LONGEST_EAGER:
         found[EAGER] = f"its scores are {tokens:,} x {tokens:,}"
     else:
-        found[EAGER] = job(eager)
+        found[EAGER] = lambda: job(eager)
     return found
 
 
@@ -277,7 +278,7 @@ def cross_entropy_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
         losses = functional.cross_entropy((hidden @ head.T).float(), targets, reduction="none")
         return torch.autograd.grad(losses.sum(), hidden)
 
-    return {OURS: ours, EAGER: eager if tokens <= LONGEST_EAGER else "its logits alone take 6.6 GB and more"}
+    return {OURS: lambda: ours, EAGER: lambda: eager}
 
 
 def link_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
@@ -285,7 +286,7 @@ def link_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
     size = shape.gate_up_bytes + shape.down_bytes
     there = torch.empty(size, dtype=torch.uint8, device=place.device)
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=place.device.type == "cuda")
-    return {OURS: lambda: there.copy_(pinned, non_blocking=True)}
+    return {OURS: lambda: lambda: there.copy_(pinned, non_blocking=True)}
 
 
 JOBS: dict[str, Callable[[Place, Shape, int], Jobs]] = {

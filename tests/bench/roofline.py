@@ -79,7 +79,8 @@ def draw(path: Path, measured: list[dict[str, Any]]) -> None:
 
     Args:
         path: An .svg or .png file.
-        measured: Rows of `tests/bench/gpu.py` with ``kernel``, ``model``, ``rows_an_expert`` and ``seconds``.
+        measured: Rows of `tests/bench/gpu.py` with ``kernel``, ``model``, ``rows_an_expert``, ``way`` and
+            ``seconds``; those of ``ours`` become points.
     """
     import matplotlib
 
@@ -102,7 +103,7 @@ def draw(path: Path, measured: list[dict[str, Any]]) -> None:
             )
             for row in measured:
                 same = (row["kernel"], row["model"], row["rows_an_expert"]) == (kernel.name, shape.name, count)
-                if same and row.get("seconds"):
+                if same and row["way"] == "ours" and row["seconds"]:
                     drawn += 1
                     axes.plot(work.intensity, work.flops / row["seconds"] / 1e12, marker, color="tab:red")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")

@@ -47,6 +47,9 @@ class OnceClock:
     def synchronise(self) -> None:
         """Nothing runs elsewhere."""
 
+    def clear(self) -> None:
+        """Nothing is held."""
+
 
 # --- The histogram ---------------------------------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ def test_the_ways_through_the_experts_agree(bench: Any, backward: bool) -> None:
     kernels = bench("gpu_kernels")
     place = kernels.Place(device=CPU, dtype=torch.float32)
     jobs = kernels.experts_jobs(place, kernels.small(GPT_OSS_20B), 64, backward=backward)
-    found = {way: job() for way, job in jobs.items() if callable(job)}
+    found = {way: make()() for way, make in jobs.items() if callable(make)}
     assert set(found) == {"reference", "dequantise + grouped_mm", "eager"}
     values = {way: one[0] if backward else one for way, one in found.items()}
     for way in ("dequantise + grouped_mm", "eager"):
@@ -155,7 +158,7 @@ def test_the_eager_attention_is_ours(bench: Any, kind: str) -> None:
     kernels = bench("gpu_kernels")
     place = kernels.Place(device=CPU, dtype=torch.float32)
     jobs = kernels.attention_jobs(place, kernels.small(GPT_OSS_20B), 48, kind=kind)
-    for ours, eager in zip(jobs["ours"](), jobs["eager"](), strict=True):
+    for ours, eager in zip(jobs["ours"]()(), jobs["eager"]()(), strict=True):
         assert_close(ours, eager, max_relative=1e-4, rms=1e-5)
 
 
@@ -164,7 +167,7 @@ def test_the_grouped_product_makes_the_same_gradients(bench: Any, norms: bool) -
     kernels = bench("gpu_kernels")
     place = kernels.Place(device=CPU, dtype=torch.float32)
     jobs = kernels.unit_jobs(place, kernels.small(GPT_OSS_20B), 64, norms=norms)
-    for ours, grouped in zip(jobs["reference"](), jobs["dequantise + grouped_mm"](), strict=True):
+    for ours, grouped in zip(jobs["reference"]()(), jobs["dequantise + grouped_mm"]()(), strict=True):
         assert_close(grouped, ours, max_relative=1e-4, rms=1e-5)
 
 
@@ -184,3 +187,33 @@ def test_a_step_that_fails_is_a_row_that_says_why(bench: Any) -> None:
     row = gpu.step_row(case, OnceClock(), CPU, PEAK, 1)
     assert row["seconds"] is None
     assert "no such preset" in row["why"]
+
+
+def test_a_whole_run_writes_its_rows_and_they_are_points(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu, kernels = bench("gpu"), bench("gpu_kernels")
+    monkeypatch.setattr(gpu, "require_cuda", lambda: CPU)
+    monkeypatch.setattr(gpu, "CudaClock", lambda device, repeats: OnceClock())
+    monkeypatch.setattr(gpu, "peaks", lambda clock, device: PEAK)
+    monkeypatch.setattr(gpu, "Place", lambda device: kernels.Place(device=device, dtype=torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    small = {
+        name: lambda place, shape, tokens, job=job: job(place, kernels.small(shape), 16)
+        for name, job in kernels.JOBS.items()
+    }
+    monkeypatch.setattr(gpu, "JOBS", small)
+    out = tmp_path / "rows.json"
+    gpu.main(["--only", "K0 decode", "sinks, full layer", "--model", "gpt-oss-20b", "--out", str(out)])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said == json.loads(out.read_text(encoding="utf-8"))
+    assert {row["kernel"] for row in said["rows"]} == {"K0 decode", "sinks, full layer"}
+    assert {row["model"] for row in said["rows"]} == {"gpt-oss-20b"}
+    bench("roofline").draw(tmp_path / "points.svg", said["rows"])
+    # Ours alone: a full layer at 16 and at 256 rows; decoding in Triton needs a GPU.
+    assert "2 measured points" in (tmp_path / "points.svg").read_text(encoding="utf-8")
+
+
+def test_the_cards_peaks_are_what_its_clock_says(bench: Any) -> None:
+    found = bench("gpu").peaks(OnceClock(), CPU, width=16, size=1024)
+    assert found == {"flops": 2 * 16**3 / 0.5, "bandwidth": 2 * 1024 / 0.5, "link": 256 / 0.5}
