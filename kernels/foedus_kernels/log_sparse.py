@@ -12,6 +12,9 @@ The reference gathers the blocks that equally many tiles need and gives them to 
 number at a time: memory is linear in n, and no n x n tensor exists, mask included. The backward recomputes the gathered
 pieces from (out, lse). It counts the tiles it multiplies (`count_tiles`), which must equal `tile_count`.
 
+Where the tensors lie on a CUDA device, `device/log_sparse.py` computes all three in Triton if `backend.device_code`
+finds nothing missing and `_device_code` a type, width and block that it takes: nothing that a batch could change.
+
 Left out: block sizes that differ by layer, and selection by content (NSA, MoBA), which cannot be bounded in advance.
 """
 
@@ -22,12 +25,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 
+from foedus_kernels import backend
 from foedus_kernels.records import Record, records_of
 from foedus_kernels.stock import attend, attend_backward, band, check_shapes, lse_dtype, sinks_gradient
 
+# What device code takes.
+DEVICE_TYPES = (torch.float32, torch.bfloat16)
+DEVICE_BLOCK = 64
+DEVICE_WIDTH = 128
 # Elements of gathered keys alive at once (and as many of values, and of each one's gradient).
 GATHERED = 1 << 22
 
@@ -62,10 +71,17 @@ class Pattern:
 
 @dataclass
 class TileCount:
-    """Tiles (pairs of a query and a key block) that were multiplied, per KV head."""
+    """Tiles (pairs of a query and a key block) that were multiplied, per KV head.
+
+    Attributes:
+        forward: For the output.
+        backward: For the gradient of the queries.
+        transposed: For the gradients of keys and values, where a key block finds the query blocks that read it.
+    """
 
     forward: int = 0
     backward: int = 0
+    transposed: int = 0
 
 
 _COUNT: ContextVar[TileCount | None] = ContextVar("_COUNT", default=None)
@@ -80,6 +96,13 @@ def count_tiles() -> Iterator[TileCount]:
         yield count
     finally:
         _COUNT.reset(token)
+
+
+def _device_code(q: torch.Tensor, block: int) -> ModuleType | None:
+    """`device/log_sparse.py` for tensors that it takes, where it can run."""
+    if q.device.type != "cuda" or q.dtype not in DEVICE_TYPES or q.shape[3] > DEVICE_WIDTH or block > DEVICE_BLOCK:
+        return None
+    return backend.device_code("log_sparse", q.device)
 
 
 def tile_count(length: int, pattern: Pattern | None = None) -> int:
@@ -171,6 +194,12 @@ def log_sparse_decode_torch(
     """
     pattern = Pattern(block=block, window=window, first=first)
     check_shapes(q, k, v, sinks)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, sinks))
+    if not needs_gradient and (code := _device_code(q, block)) is not None:
+        decoded: torch.Tensor = code.log_sparse_decode(
+            q, k, v, sinks, scale=scale, block=block, window=window, first=first, starts=starts
+        )
+        return decoded
     rows, heads, queries, width = q.shape
     begins = [0] * rows if starts is None else starts.tolist()
     if queries != 1 or len(begins) != rows or any(not 0 <= begin < k.shape[2] for begin in begins):
@@ -316,6 +345,11 @@ def log_sparse_forward(
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_sparse_torch` with the log-sum-exp of every query [B, H, Tq], the sink in it."""
+    if (code := _device_code(q, block)) is not None:
+        made: tuple[torch.Tensor, torch.Tensor] = code.log_sparse_forward(
+            q, k, v, sinks, offsets, scale, block, window, first, count=_COUNT.get()
+        )
+        return made
     plan = _planned(q, k, offsets, Pattern(block=block, window=window, first=first))
     heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[3]
     queries = _fold(_to_blocks(q, plan.queries, plan.query_blocks, block), kv_heads)  # (Hkv, I, G b, D)
@@ -351,6 +385,11 @@ def log_sparse_backward(
     first: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and sinks from the output and log-sum-exp of `log_sparse_forward`."""
+    if (code := _device_code(q, block)) is not None:
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = code.log_sparse_backward(
+            grad, q, k, v, sinks, out, lse, offsets, scale, block, window, first, count=_COUNT.get()
+        )
+        return gradients
     plan = _planned(q, k, offsets, Pattern(block=block, window=window, first=first))
     heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[3]
     queries, outs, grads = (
@@ -370,6 +409,7 @@ def log_sparse_backward(
             total.index_add_(1, table.flatten(), piece.reshape(kv_heads, -1, block, width).to(total.dtype))
         if (count := _COUNT.get()) is not None:
             count.backward += table.numel()
+            count.transposed += table.numel()
     return (
         _from_blocks(_unfold(dq, heads), plan.queries, q),
         _from_blocks(dk, plan.keys, k),

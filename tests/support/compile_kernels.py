@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """Every kernel at gpt-oss's shapes."""
-    return [*_experts(), *_mxfp4(), *_clip()]
+    return [*_experts(), *_mxfp4(), *_clip(), *_log_sparse()]
 
 
 def _experts() -> list[Case]:
@@ -152,6 +152,41 @@ def _clip() -> list[Case]:
         *found,
         Case("norms' sums", "clip._sum_kernel", "*fp64 *fp64 i32", {"GROUPS": 12, "SEGMENTS": SEGMENTS}, 4, 3),
     ]
+
+
+def _log_sparse() -> list[Case]:
+    """In bfloat16; float32, of tests, spills: its products are not the tensor cores'."""
+    from foedus_kernels.device import log_sparse
+
+    q, k = (torch.empty(1, heads, 1, 64, dtype=torch.bfloat16, device="meta") for heads in (64, 8))
+    numbers, strides = "i32 i32 i32", " i32 i32 i32"
+    kernels = (
+        ("forward", f"{'*bf16 ' * 5}*fp32 *i64 *i32 {numbers} fp32{strides * 3} i32", {"COUNT": False}),
+        (
+            "queries",
+            f"{'*bf16 ' * 5}*fp32 *fp32 *bf16 *i64 *i32 {numbers} fp32 fp32{strides * 4} i32",
+            {"COUNT": False},
+        ),
+        ("keys", _KEYS.format(numbers=numbers, strides=strides * 4), {"COUNT": False, "SPLIT": 16, "CHUNKS": False}),
+        ("keys", _KEYS.format(numbers=numbers, strides=strides * 4), {"COUNT": False, "SPLIT": 16, "CHUNKS": True}),
+        ("decode", f"{'*bf16 ' * 5}*i64 i32 fp32 i32 i32{strides * 2}", {"TILE_GROUP": 16}),
+    )
+    found = []
+    for kernel, types, more in kernels:
+        constants = log_sparse.compiled_for(kernel, q, k, 64, 3, 1) | {"WIDE": False} | more
+        how = constants.pop("num_warps"), constants.pop("num_stages")
+        if kernel == "decode":
+            del constants["FOLD"]
+        label = f"log-sparse {kernel}{', chunks' if more.get('CHUNKS') else ''}, bf16"
+        found.append(Case(label, f"log_sparse._{kernel}_kernel", types, constants, *how))
+    shape = {"BLOCK": 64, "TILE": 64, "FIRST": 1, "SPLIT": 16, "WIDTH": 64, "TILE_WIDTH": 64}
+    chunks = Case(
+        "log-sparse sums, bf16", "log_sparse._chunks_kernel", "*bf16 *bf16 *fp32 *i64 i32 i32 fp32", shape, 4, 3
+    )
+    return [*found, chunks]
+
+
+_KEYS = "*bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *fp32 *i64 *i32 {numbers} fp32 fp32{strides} i32"
 
 
 class Compiled(NamedTuple):
