@@ -129,6 +129,8 @@ def attend_backward(
     queries, padded = q.shape[2], -(-q.shape[2] // 32) * 32
     lse = torch.nn.functional.pad(lse, (0, padded - queries), value=float("inf"))
     keys, values = _every_head(k, q.shape[1]), _every_head(v, q.shape[1])
+    if grad.stride(3) != 1:  # A sum's gradient is one number, expanded; the kernel takes rows side by side only.
+        grad = grad.contiguous()
     seed = torch.zeros((), dtype=torch.int64, device="cpu")  # Of the dropout that there is none of.
     dq, dk, dv, _ = _CUDA_BACKWARD(
         grad, q, keys, values, _bias(mask, q), out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
