@@ -32,6 +32,9 @@ def conclude(run: Run) -> None:
         if chain.closed and row.variant is None:
             if run.charter.evaluation.term == "plain":
                 evaluate(run, chain)
+            if (chosen := _chosen(run, chain.closed)) != chain.closed:
+                del chain  # Its vectors need not lie beside the other's.
+                chain = run.chain(chosen)
             release(run, chain)
         # Only now: what was withdrawn is not asked again by a coordinator that was killed in between.
         run.mailbox.withdraw(run.id, only="evaluate")
@@ -73,20 +76,24 @@ def evaluate(run: Run, chain: Chain) -> None:
 
 
 def release(run: Run, chain: Chain) -> None:
-    """Write the variant, of the adapter that the charter's release term names: the last, or the one that scored best.
+    """Write the variant: the adapter that the chain stands at."""
+    folder = run.write_variant(run, chain)
+    run.storage.update_run(run.id, variant=str(folder), released_after=chain.closed)
+
+
+def _chosen(run: Run, closed: int) -> int:
+    """After how many rounds the adapter is released that the charter's term names: the last, or the one scored best.
 
     `best` is the one with the lowest held-out loss, summed over the organisations that scored every one of them; the
     starting adapter is among them. It was selected on these scores, and the card says so. Without any scores it is the
     last.
     """
-    chosen = chain
     if run.charter.release.adapter == "best":
         with run.storage.read() as connection:
             curve = figures.losses(figures.scores_of(connection, run.id))
-        if curve and (best := figures.lowest(curve).after) != chain.closed:
-            chosen = run.chain(best)
-    folder = run.write_variant(run, chosen)
-    run.storage.update_run(run.id, variant=str(folder), released_after=chosen.closed)
+        if curve:
+            return figures.lowest(curve).after
+    return closed
 
 
 def tell(run: Run, outcome: Outcome, reason: str) -> None:

@@ -46,14 +46,20 @@ def execute(run: Run) -> None:
         if state == "agreeing":
             agree(run)
         if state in ("agreeing", "running"):
-            chain = run.chain()
-            while (number := next_round(run)) is not None:
-                play_round(run, number, chain)
-            decide(run, "complete" if chain.closed else "failed", _tally(run))
+            closed = play_rounds(run)
+            decide(run, "complete" if closed else "failed", _tally(run))
     except RunEnded as end:
         decide(run, end.outcome, end.reason)
     if state != "finished":
         conclude(run)
+
+
+def play_rounds(run: Run) -> int:
+    """All rounds that are left; returns how many are closed. The adapter's vectors end here, before `conclude`'s."""
+    chain = run.chain()
+    while (number := next_round(run)) is not None:
+        play_round(run, number, chain)
+    return chain.closed
 
 
 def play_round(run: Run, number: int, chain: Chain) -> None:
