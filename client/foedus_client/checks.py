@@ -37,6 +37,7 @@ from foedus_client.training import (
     clipped_sum,
     coverage_check,
     private_vector,
+    streamed_gradients,
     unit_gradient,
     vector_length,
 )
@@ -67,7 +68,8 @@ def preflight(
 
     The sensitivity is checked at the charter's clip, and again at a clip above every synthetic gradient, where a loss
     that couples units cannot hide behind the clipping. Where units may share a forward, it is checked once more among
-    as many of one length as share it, with the exact bound that nothing else changes.
+    as many of one length as share it, with the exact bound that nothing else changes. Where units stream through the
+    layers together, each one's gradient is compared with its own alone, in two orders.
 
     Returns:
         Figures for the organisation's own log: the largest move over the clip, the noise's stddev over the stated one.
@@ -90,6 +92,8 @@ def preflight(
     }
     if packing is not None:
         figures["move_over_clip_packed"] = _packed_move(adapter, terms, packing, rng)
+    if streaming is not None:
+        figures["streamed_apart_over_norm"] = streaming_check(adapter, units, streaming)
     unit_worth = grid(terms.noise_stddev, terms.l2_clip_norm, vector_length(adapter)) / (
         terms.l2_clip_norm * terms.expected_units
     )
@@ -99,6 +103,32 @@ def preflight(
         resolution=unit_worth,
     )
     return figures
+
+
+def streaming_check(adapter: Adapter, units: Sequence[Unit], streaming: Streaming) -> float:
+    """Units that stream through the layers together have the gradients that they have alone, whoever comes before.
+
+    Returns:
+        The largest difference of a unit's gradient over its norm.
+
+    Raises:
+        PrivacyCheckFailed: A difference of any bit on a CPU, or of more than rounding on a GPU.
+    """
+    allowed = 0.0 if adapter.trained[0].device.type == "cpu" else _COUPLING
+    alone = [unit_gradient(adapter, unit.records) for unit in units]
+    apart = 0.0
+    for order in (1, -1):
+        records = [unit.records for unit in units[::order]]
+        streamed = streamed_gradients(adapter, records, streaming)
+        for own, found in zip(alone[::order], streamed, strict=True):
+            norm = max(float(np.linalg.norm(own)), float(np.finfo(np.float32).tiny))
+            apart = max(apart, float(np.linalg.norm(found.astype(np.float64) - own)) / norm)
+    if not apart <= allowed:  # NaN fails too.
+        raise PrivacyCheckFailed(
+            f"expected streamed gradients within {allowed:g} of those of one unit a forward, got {apart:.3g}: leave "
+            "FOEDUS_STREAMING out"
+        )
+    return apart
 
 
 def _packed_move(adapter: Adapter, terms: StepTerms, packing: Packing, rng: RandomBytes) -> float:

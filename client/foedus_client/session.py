@@ -99,6 +99,7 @@ class Session:
         streaming = None
         if streamed is not None:
             streaming = stream_experts(model, adapter.trained, units=streamed)
+            streaming.require_host(setup.max_tokens * setup.max_records_per_unit)
             _LOG.info("%s", streaming)
         if recompute != "off":
             recompute_layers(model, offload=recompute == "offload")
@@ -334,7 +335,8 @@ def units_a_forward() -> int:
 def units_streamed() -> int | None:
     """FOEDUS_STREAMING units share a pass over experts that stream from the host; None without it.
 
-    The bits of a step are the same with and without, so it is each organisation's own affair and in no charter.
+    Gradients are the same bits with and without on a CPU, and up to rounding on a GPU (`checks.streaming_check` compares
+    them before a private run): each organisation's own affair, and in no charter.
 
     Raises:
         ConfigError: Not a number from 1 to 4096, or several units a forward beside it.

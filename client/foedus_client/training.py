@@ -191,7 +191,9 @@ def clipped_sum(
         [unit.records[index] for index in choose_records(len(unit.records), terms.max_records_per_unit, rng)]
         for unit in units
     )
-    found = _gradients(adapter, chosen, packing) if streaming is None else _streamed(adapter, chosen, streaming)
+    found = (
+        _gradients(adapter, chosen, packing) if streaming is None else streamed_gradients(adapter, chosen, streaming)
+    )
     for gradient in found:
         clipped = clip_to_grid(gradient, l2_clip_norm=terms.l2_clip_norm, step=step)
         total.add(clipped)
@@ -218,7 +220,7 @@ def _gradients(
             yield from packing.gradients(adapter, group)
 
 
-def _streamed(
+def streamed_gradients(
     adapter: Adapter, units: Iterable[Sequence[Record]], streaming: Streaming
 ) -> Iterator[NDArray[np.float32]]:
     """Each unit's gradient, float32 (d,), as many units a pass as it takes."""

@@ -48,7 +48,8 @@ _ATTEMPTS = 4  # A task that kills its process each time (memory) is given up; o
 # What a worker may know of its surroundings. Proxies, tokens and the like are not in the list.
 _ENVIRONMENT = (
     "PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FOEDUS_THREADS", "FOEDUS_DEVICE",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CC", "TRITON_CACHE_DIR",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "FOEDUS_THREADS", "FOEDUS_DEVICE",
     "FOEDUS_ATTENTION", "FOEDUS_CHECKPOINTING", "FOEDUS_EXPERTS", "FOEDUS_STREAMING", "FOEDUS_UNITS_A_FORWARD",
 )  # fmt: skip
 

@@ -20,8 +20,10 @@ import importlib
 import importlib.util
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -54,13 +56,21 @@ class Choice:
 
 
 def choose(
-    *, device: torch.device | str, codec: str, rows: int, wanted: str | None = None, interpreted: bool = False
+    *,
+    device: torch.device | str,
+    codec: str,
+    dtype: torch.dtype,
+    rows: int,
+    wanted: str | None = None,
+    interpreted: bool = False,
 ) -> Choice:
     """Choose for a whole run.
 
     Args:
         device: Where the model runs.
         codec: What stores the experts: ``mxfp4``, ``nf4``, ``int8`` or ``dense``.
+        dtype: What it computes in. Kernels in float32 have no tensor cores and small tiles, for which they decode a
+            matrix again every few rows: fused only where it is wanted.
         rows: The most rows of hidden states that a forward of the run can have.
         wanted: One of `PATHS`, which then runs or is refused; None leaves the choice to this function.
         interpreted: Let ``fused`` be wanted on a CPU, where Triton's interpreter runs it: for tests, minutes a layer.
@@ -80,6 +90,8 @@ def choose(
         return Choice(path=wanted, why="it was asked for")
     if missing is not None:
         return Choice(path=DEQUANTISED, why=missing)
+    if dtype != torch.bfloat16:
+        return Choice(path=DEQUANTISED, why=f"it computes in {dtype}, and the kernels are made for bfloat16")
     if rows >= FUSED_BELOW:
         return Choice(path=DEQUANTISED, why=f"a forward has up to {rows:,} rows, {FUSED_BELOW:,} and more")
     return Choice(path=FUSED, why=f"a forward has at most {rows:,} rows, fewer than {FUSED_BELOW:,}, on {device}")
@@ -115,6 +127,17 @@ def missing_for_kernels(device: torch.device, *, interpreted: bool = False) -> s
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         return f"a GPU of compute capability {capability}, and its kernels need {_CAPABILITY}"
+    return _missing_to_compile()
+
+
+def _missing_to_compile() -> str | None:
+    """What Triton lacks to compile at a kernel's first launch (its `runtime/build.py`, `runtime/cache.py`), or None."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler, which Triton asks for at a kernel's first launch (install gcc, or name one in CC)"
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        return f"no place for compiled kernels, {cache} cannot be written (name another in TRITON_CACHE_DIR)"
     return None
 
 

@@ -139,9 +139,16 @@ def choose_path(
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     if not layers:
         return None
-    where = next(model.parameters()).device if device is None else device
+    norm = next(parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight"))
     try:
-        choice = choose(device=where, codec=layers[0].quantisation, rows=rows, wanted=wanted, interpreted=interpreted)
+        choice = choose(
+            device=norm.device if device is None else device,
+            codec=layers[0].quantisation,
+            dtype=norm.dtype,
+            rows=rows,
+            wanted=wanted,
+            interpreted=interpreted,
+        )
     except ValueError as error:
         raise ConfigError(f"experts: {error}") from error
     for layer in layers:

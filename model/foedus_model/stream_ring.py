@@ -131,10 +131,12 @@ class CudaEngine:
         """Let the copies under way end, and unpin."""
         self._thread.shutdown(cancel_futures=True)
         self._started.clear()
-        self._copying.synchronize()
-        _unpin(self._pinned)
-        self._pinned = []
-        self._bounce = []
+        try:
+            self._copying.synchronize()
+        finally:
+            _unpin(self._pinned)
+            self._pinned = []
+            self._bounce = []
 
     def _copy(self, slot: int, copies: Sequence[Copy]) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._copying):
@@ -235,8 +237,10 @@ class Ring:
         if slot in self._held:
             raise ValueError(f"expected a free slot for chunk {chunk} of layer {layer}, got {slot}, which is in use")
         to, of = slot * self._per_chunk, chunk * self._per_chunk
+        # `.data`: the layer at work has saved the whole ring for its backward, which reads its own slots alone. A copy
+        # into another slot must not count as a change of what was saved.
         copies = [
-            (self.stacks[name][to : to + self._per_chunk], tensor[of : of + self._per_chunk])
+            (self.stacks[name].data[to : to + self._per_chunk], tensor[of : of + self._per_chunk])
             for name, tensor in self._layers[layer].items()
         ]
         self._held[slot] = (layer, chunk)

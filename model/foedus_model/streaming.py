@@ -29,6 +29,7 @@ from torch import nn
 from foedus_model.build import empty_model
 from foedus_model.experts import QuantisedExperts
 from foedus_model.loss import Batch, UnitLoss, head_losses
+from foedus_model.memory import host_free
 from foedus_model.parts import in_units
 from foedus_model.recompute import kept, recompute_layers
 from foedus_model.stream_layers import Rest, host_embeddings, rest_bytes
@@ -247,14 +248,33 @@ class Streamer:
             torch.cuda.synchronize(self._ring.device)  # The vectors' last copies to the host.
         return run.vectors.numpy()
 
+    def require_host(self, tokens: int) -> None:
+        """Refuse a pass whose units could not all wait on the host, before one of them is known.
+
+        Args:
+            tokens: The most that a unit's records can have together.
+
+        Raises:
+            ConfigError: The host has less free than `units` such units take.
+        """
+        free, needed = host_free(), self._load([tokens] * self.units).host_peak
+        if free is not None and free < needed:
+            raise ConfigError(
+                f"expected {in_units(needed)} of free host memory for {self.units} units of {tokens} tokens to wait "
+                f"in, got {in_units(free)}: set FOEDUS_STREAMING to fewer units"
+            )
+
     def load(self, batches: Sequence[Batch]) -> Load:
         """What a pass over these units moves and holds."""
+        return self._load([batch.tokens.numel() for batch in batches])
+
+    def _load(self, tokens: Sequence[int]) -> Load:
         wide = self._model.model.norm.weight
         size = self._model.config.hidden_size * wide.element_size()
         return Load(
             chunks=((self._ring.chunk_bytes,) * self._ring.chunks,) * self._ring.layers,
             slots=self._ring.slots,
-            hidden=tuple(batch.tokens.numel() * size for batch in batches),
+            hidden=tuple(count * size for count in tokens),
             gradients=tuple(_VALUE * sum(one.numel() for one, _ in matrices) for matrices in self._trained),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", "gcc")
 
 
 @pytest.mark.usefixtures("gpu")
@@ -32,32 +34,64 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_runs_shape_chooses(rows: int, codec: str, path: str, why: str) -> None:
-    choice = backend.choose(device="cuda", codec=codec, rows=rows)
+    choice = backend.choose(device="cuda", codec=codec, dtype=torch.bfloat16, rows=rows)
     assert choice.path == path
     assert why in choice.why
-    assert backend.choose(device="cuda", codec=codec, rows=rows, wanted="dequantised").path == "dequantised"
+    assert (
+        backend.choose(device="cuda", codec=codec, dtype=torch.bfloat16, rows=rows, wanted="dequantised").path
+        == "dequantised"
+    )
+
+
+@pytest.mark.usefixtures("gpu")
+def test_where_nothing_can_be_compiled_the_reference_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    assert backend.missing_for_kernels(device) is None
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "yet"))
+    assert backend.missing_for_kernels(device) is None
+    monkeypatch.setattr(backend.os, "access", lambda folder, mode: folder != tmp_path)
+    assert "cannot be written" in (backend.missing_for_kernels(device) or "")
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    assert "no C compiler" in (backend.missing_for_kernels(device) or "")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_float32_is_fused_only_where_it_is_wanted() -> None:
+    choice = backend.choose(device="cuda", codec="mxfp4", dtype=torch.float32, rows=16)
+    assert (choice.path, "torch.float32" in choice.why) == ("dequantised", True)
+    wanted = backend.choose(device="cuda", codec="mxfp4", dtype=torch.float32, rows=16, wanted="fused")
+    assert wanted.path == "fused"
 
 
 def test_on_a_cpu_the_library_multiplies_and_fused_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    choice = backend.choose(device="cpu", codec="mxfp4", rows=16)
+    choice = backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16)
     assert (choice.path, "cpu" in choice.why) == ("dequantised", True)
     # The interpreter is no path of a run: it has to be asked for, together with the path.
-    assert backend.choose(device="cpu", codec="mxfp4", rows=16, interpreted=True).path == "dequantised"
+    assert (
+        backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16, interpreted=True).path
+        == "dequantised"
+    )
     with pytest.raises(ValueError, match="the device cpu, and its kernels run on a GPU"):
-        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused")
-    assert backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused", interpreted=True).path == "fused"
+        backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16, wanted="fused")
+    assert (
+        backend.choose(
+            device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16, wanted="fused", interpreted=True
+        ).path
+        == "fused"
+    )
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1 has to be set"):
-        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fused", interpreted=True)
+        backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16, wanted="fused", interpreted=True)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_what_the_fused_path_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused() -> str:
         with pytest.raises(ValueError, match="expected what the fused path needs") as caught:
-            backend.choose(device="cuda", codec="mxfp4", rows=16, wanted="fused")
-        assert backend.choose(device="cuda", codec="mxfp4", rows=16).path == "dequantised"
+            backend.choose(device="cuda", codec="mxfp4", dtype=torch.bfloat16, rows=16, wanted="fused")
+        assert backend.choose(device="cuda", codec="mxfp4", dtype=torch.bfloat16, rows=16).path == "dequantised"
         return str(caught.value)
 
     with monkeypatch.context() as one:
@@ -75,9 +109,9 @@ def test_what_the_fused_path_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_is_no_path_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a path among"):
-        backend.choose(device="cpu", codec="mxfp4", rows=16, wanted="fast")
+        backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=16, wanted="fast")
     with pytest.raises(ValueError, match="expected a number of rows"):
-        backend.choose(device="cpu", codec="mxfp4", rows=-1)
+        backend.choose(device="cpu", codec="mxfp4", dtype=torch.bfloat16, rows=-1)
 
 
 def test_operators_run_device_code_on_cuda_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:

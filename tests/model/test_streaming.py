@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foedus_client.checks import streaming_check
 from foedus_client.privacy import SeededBytes, StepTerms
 from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
 from foedus_client.training import clipped_sum, unit_gradient, unit_loss
@@ -20,12 +21,12 @@ from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.experts import choose_path
-from foedus_model.loss import Batch, batch_of, token_losses
+from foedus_model.loss import Batch, UnitLoss, batch_of, token_losses
 from foedus_model.quantize import convert
 from foedus_model.stream_plan import Fetch, Free, residency
 from foedus_model.stream_ring import HostEngine
 from foedus_model.streaming import RingShape, Streamer, stream_experts
-from foedus_protocols.errors import ConfigError
+from foedus_protocols.errors import ConfigError, PrivacyCheckFailed
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import read_config
 
@@ -385,3 +386,59 @@ def test_what_cannot_stream_is_refused(deep: Callable[..., Path]) -> None:
     dense.model.model.layers[0].mlp.experts = torch.nn.Identity()
     with pytest.raises(ConfigError, match="got dense ones"):
         stream_experts(dense.model, dense.trained, units=1)
+
+
+def test_a_copy_between_a_layers_forward_and_backward_changes_nothing_that_it_saved(
+    deep: Callable[[str], Path], closing: list[Streamer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next layer's chunks arrive while a layer computes; autograd must not take that for a change of its ring."""
+    begun: dict[int, Any] = {}
+
+    def arrive(*_: Any) -> None:
+        for slot in list(begun):
+            HostEngine._copy(begun.pop(slot))
+
+    monkeypatch.setattr(HostEngine, "start", lambda self, slot, copies: begun.update({slot: copies}))
+    monkeypatch.setattr(HostEngine, "wait", lambda self, slot: HostEngine._copy(begun.pop(slot, ())))
+    adapter = adapted(deep("mxfp4"))
+    closing.append(stream_experts(adapter.model, adapter.trained, units=len(UNITS), shape=SHAPE))
+    expected = [unit_gradient(adapter, unit.records) for unit in UNITS]
+    for layer in adapter.model.model.layers:
+        layer.mlp.experts.register_forward_hook(arrive)
+    found = closing[0].gradients(batches(), unit_loss)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_units_that_could_not_wait_on_the_host_are_refused(
+    deep: Callable[[str], Path], closing: list[Streamer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapted(deep("mxfp4"))
+    closing.append(stream_experts(adapter.model, adapter.trained, units=3, shape=SHAPE))
+    needed = closing[0].load([batches()[0]] * 3).host_peak
+    monkeypatch.setattr(streaming, "host_free", lambda: needed)
+    closing[0].require_host(40)
+    monkeypatch.setattr(streaming, "host_free", lambda: needed - 1)
+    with pytest.raises(ConfigError, match="free host memory for 3 units of 40 tokens to wait in, got"):
+        closing[0].require_host(40)
+
+
+class _Leaking:
+    """A pass that leaves a little of each unit's gradient in the next one's."""
+
+    def __init__(self, right: Streamer) -> None:
+        self.units, self._right = right.units, right
+
+    def gradients(self, given: Any, loss: UnitLoss) -> Any:
+        found = self._right.gradients(given, loss)
+        found[1:] += np.float32(1e-4) * found[:-1]
+        return found
+
+
+def test_streamed_gradients_that_depend_on_others_are_refused(
+    deep: Callable[[str], Path], closing: list[Streamer]
+) -> None:
+    adapter = adapted(deep("mxfp4"))
+    closing.append(stream_experts(adapter.model, adapter.trained, units=len(UNITS), shape=SHAPE))
+    assert streaming_check(adapter, UNITS, closing[0]) == 0.0
+    with pytest.raises(PrivacyCheckFailed, match="expected streamed gradients within 0 of those of one unit a forward"):
+        streaming_check(adapter, UNITS, _Leaking(closing[0]))

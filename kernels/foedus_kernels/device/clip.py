@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from foedus_kernels import clip
+from foedus_kernels.device.guard import on_its_device
 
 _ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, with one order of sums, serves all.
 GROUP = 4  # Wide tiles of one program of the norms. H100, 128 experts x 16 units x 5760: 12 programs a segment.
@@ -206,6 +207,7 @@ def _sum_kernel(partial_ptr, result_ptr, segments, GROUPS: tl.constexpr, SEGMENT
     tl.store(result_ptr + segment, total, mask=there)
 
 
+@on_its_device
 def unit_gradients(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`clip.unit_gradients_torch` on a GPU; offsets' values are not checked.
 
@@ -219,6 +221,7 @@ def unit_gradients(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tenso
     return result
 
 
+@on_its_device
 def unit_square_norms(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`clip.unit_square_norms_torch` on a GPU: float64 [S]; offsets' values are not checked.
 
@@ -233,17 +236,17 @@ def unit_square_norms(left: torch.Tensor, right: torch.Tensor, offsets: torch.Te
     norms = left.new_empty(segments, dtype=torch.float64)  # (S,)
     if not norms.numel():
         return norms
-    with torch.cuda.device_of(left):
-        _partial_norms_kernel[(_programs(segments * groups),)](
-            *(left, right, offsets, partial, left.shape[0], segments, outs, ins),
-            *(tiles.rows, tiles.outs, tiles.ins, GROUP),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        _sum_kernel[(triton.cdiv(segments, SEGMENTS),)](partial, norms, segments, groups, SEGMENTS)
+    _partial_norms_kernel[(_programs(segments * groups),)](
+        *(left, right, offsets, partial, left.shape[0], segments, outs, ins),
+        *(tiles.rows, tiles.outs, tiles.ins, GROUP),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    _sum_kernel[(triton.cdiv(segments, SEGMENTS),)](partial, norms, segments, groups, SEGMENTS)
     return norms
 
 
+@on_its_device
 def clipped_gradient(
     left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor, factors: torch.Tensor
 ) -> torch.Tensor:
@@ -283,23 +286,22 @@ def _launch_gradients(
     groups, outs, ins = result.shape
     tiles = tiles_of(outs, ins)
     programs = _programs(groups * triton.cdiv(outs, tiles.outs) * triton.cdiv(ins, tiles.ins))
-    with torch.cuda.device_of(left):
-        _gradients_kernel[(programs,)](
-            *(
-                left,
-                right,
-                left if row_factors is None else row_factors,
-                offsets,
-                result,
-                left.shape[0],
-                units,
-                outs,
-                ins,
-            ),
-            *(tiles.rows, tiles.outs, tiles.ins, row_factors is not None),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    _gradients_kernel[(programs,)](
+        *(
+            left,
+            right,
+            left if row_factors is None else row_factors,
+            offsets,
+            result,
+            left.shape[0],
+            units,
+            outs,
+            ins,
+        ),
+        *(tiles.rows, tiles.outs, tiles.ins, row_factors is not None),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
 
 
 def _rows(

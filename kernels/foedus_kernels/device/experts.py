@@ -48,6 +48,7 @@ import triton.language as tl
 
 from foedus_kernels import backend
 from foedus_kernels.device import clip
+from foedus_kernels.device.guard import on_its_device
 from foedus_kernels.device.mxfp4 import decode_tile
 from foedus_kernels.device.tiles import Tiles, tiles_of, unit_offsets
 from foedus_kernels.expert_lora import Pair
@@ -488,6 +489,7 @@ class _Layer(NamedTuple):
         )
 
 
+@on_its_device
 def forward(
     hidden: torch.Tensor,
     expert_weights: torch.Tensor,
@@ -522,6 +524,7 @@ def forward(
     return layer.combine(outputs, hidden, _ready(expert_weights.float())), found
 
 
+@on_its_device
 def backward(
     grad: torch.Tensor,
     gate_up_rows: torch.Tensor,

@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 
 from foedus_kernels import backend
+from foedus_kernels.device.guard import on_its_device
 from foedus_kernels.log_sparse import DEVICE_BLOCK, DEVICE_TYPES, DEVICE_WIDTH, Pattern, TileCount
 from foedus_kernels.records import records_of
 from foedus_kernels.stock import check_shapes
@@ -485,6 +486,7 @@ def _decode_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@on_its_device
 def log_sparse_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -528,6 +530,7 @@ def log_sparse_forward(
     return out, lse
 
 
+@on_its_device
 def log_sparse_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -607,6 +610,7 @@ def log_sparse_backward(
     return dq, dk, dv, -(shares * delta).sum((0, 2)).to(sinks.dtype)
 
 
+@on_its_device
 def log_sparse_decode(
     q: torch.Tensor,
     k: torch.Tensor,

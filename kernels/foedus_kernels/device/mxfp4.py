@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from foedus_kernels import mxfp4
+from foedus_kernels.device.guard import on_its_device
 
 _GROUPS = 64  # A program's: 1 KiB of codes, 4 KiB of values in bfloat16. Not measured.
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -69,6 +70,7 @@ def _decode_kernel(blocks_ptr, scales_ptr, values_ptr, groups, GROUPS: tl.conste
     tl.store(values_ptr + group[:, None] * 32 + place[None, :], values, mask=there[:, None])
 
 
+@on_its_device
 def decode(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`mxfp4.decode` on a GPU, equal to the bit.
 
