@@ -335,8 +335,8 @@ def units_a_forward() -> int:
 def units_streamed() -> int | None:
     """FOEDUS_STREAMING units share a pass over experts that stream from the host; None without it.
 
-    Gradients are the same bits with and without on a CPU, and up to rounding on a GPU (`checks.streaming_check` compares
-    them before a private run): each organisation's own affair, and in no charter.
+    Gradients are the same bits with and without on a CPU, and up to rounding on a GPU, where `checks.streaming_check`
+    compares them before a private run: each organisation's own affair, and in no charter.
 
     Raises:
         ConfigError: Not a number from 1 to 4096, or several units a forward beside it.

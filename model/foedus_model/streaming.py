@@ -129,7 +129,7 @@ def stream_experts(
         if rest is not None:  # The first module of a layer to run, in a second run of the layer as well.
             first = model.model.layers[number].input_layernorm
             first.register_forward_pre_hook(_gathering(rest, number, ring))
-    recompute_layers(model)
+    recompute_layers(model, offload=device.type != "cpu")  # For what runs outside a pass: checks, scores.
     return streamer
 
 
