@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,13 @@ from rich.table import Table
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 
 
+class ComputeType(StrEnum):
+    """What a step is computed in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 def fit(
     tokens: Annotated[int, typer.Option(help="Tokens of the longest record.")],
     preset: Annotated[str | None, typer.Option(help="gpt-oss-20b, gpt-oss-120b, moe-16e-32k or tiny.")] = None,
@@ -23,9 +31,13 @@ def fit(
     answers: Annotated[int | None, typer.Option(help="Tokens that have a loss; all but the first by default.")] = None,
     targets: Annotated[str, typer.Option(help="attention, experts-shared or experts.")] = "attention",
     rank: Annotated[int, typer.Option(help="The adapter's rank.")] = 16,
+    dtype: Annotated[
+        ComputeType, typer.Option(help="What is computed in; clients take float32.")
+    ] = ComputeType.float32,
     output: FormatOption = Format.text,
 ) -> None:
     """Say whether a training step of one unit fits, with its bytes by part and by remedy. Takes up to a minute."""
+    import torch
     from foedus_protocols.manifest import read_config
 
     from foedus_model import presets
@@ -35,10 +47,13 @@ def fit(
         raise UsageError("expected either --preset or --model, got both or neither; give one")
     config = presets.preset(preset) if preset is not None else read_config(model or Path())
     limit = None if gpu is None else parse_size(gpu)
-    found = traced(config, tokens=tokens, answers=answers, limit=limit, targets=targets, rank=rank)
+    found = traced(
+        config, tokens=tokens, answers=answers, limit=limit, dtype=getattr(torch, dtype), targets=targets, rank=rank
+    )
     result: dict[str, Any] = {
         "model": preset or str(model),
         "tokens": tokens,
+        "dtype": str(dtype),
         "targets": targets,
         "rank": rank,
         "limit": limit,
@@ -104,6 +119,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     if result["fits"] is not None:
         verdict = "fits" if result["fits"] else "does not fit"
         console.print(
-            f"A step of {result['tokens']} tokens {verdict} {in_units(result['limit'])} in this version.",
+            f"A step of {result['tokens']} tokens in {result['dtype']} {verdict} {in_units(result['limit'])} "
+            "in this version.",
             soft_wrap=True,
         )

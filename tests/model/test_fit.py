@@ -66,7 +66,7 @@ def _run(*arguments: str) -> dict[str, Any]:
 
 
 def test_a_limit_is_answered_with_bytes_by_part_and_by_remedy() -> None:
-    said = _run("--model", str(TINY), "--tokens", "512", "--gpu", "600MB", "--answers", "64")
+    said = _run("--model", str(TINY), "--tokens", "512", "--gpu", "600MB", "--answers", "64", "--dtype", "bfloat16")
     files = read_manifest(TINY).files
     weights = sum(said["weights"].values())
     stored = sum(entry.size for name, entry in files.items() if name.endswith(".safetensors"))
@@ -102,10 +102,19 @@ def test_what_streaming_takes_at_the_published_shapes() -> None:
     assert fit({**preset("tiny"), "quantization_config": None}, tokens=64).stream is None
 
 
+def test_the_type_is_what_clients_compute_in_unless_another_is_named() -> None:
+    words = ["--preset", "tiny", "--tokens", "64"]
+    plain, half = _run(*words), _run(*words, "--dtype", "bfloat16")
+    assert (plain["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert plain["layer_inputs"] == 2 * half["layer_inputs"]
+    assert plain["weights"]["attention"] == 2 * half["weights"]["attention"]
+    assert plain["weights"]["experts"] == half["weights"]["experts"], "as they are stored"
+
+
 def test_what_people_read() -> None:
     words = ["fit", "--preset", "tiny", "--tokens", "64", "--gpu", "1GiB"]
     said = CliRunner().invoke(cli.app, words, catch_exceptions=False).stdout
-    assert "A step of 64 tokens fits 1.1 GB in this version." in said
+    assert "A step of 64 tokens in float32 fits 1.1 GB in this version." in said
     assert "weights: experts" in said
 
 
