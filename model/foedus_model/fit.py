@@ -87,7 +87,7 @@ def fit(
     tokens: int,
     answers: int | None = None,
     limit: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
     targets: str = "attention",
     rank: int = 16,
     driver: int = DRIVER,
@@ -99,7 +99,7 @@ def fit(
         tokens: Tokens of the record, at least 2.
         answers: Tokens that have a loss, and so logits; None for all but the first.
         limit: Bytes that there are, or None.
-        dtype: The compute type.
+        dtype: The compute type; clients take float32.
         targets: What the adapter trains, as `adapter_layout` takes it.
         rank: Of the adapter, A fixed.
         driver: Bytes that are gone before the first tensor.

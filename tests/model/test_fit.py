@@ -88,11 +88,11 @@ def test_a_limit_is_answered_with_bytes_by_part_and_by_remedy() -> None:
 
 
 def test_what_streaming_takes_at_the_published_shapes() -> None:
-    """120b within 6 GB of a GPU at 2,048 tokens a unit, by the plan's own arithmetic; nothing of it was measured."""
+    """120b within 7 GB of a GPU at 2,048 tokens a unit in float32, by the plan's arithmetic; nothing was measured."""
     found = fit(preset("gpt-oss-120b"), tokens=2048)
     assert found.stream is not None
     assert found.remedies[-1].name == "the same, streaming of layers"
-    assert found.remedies[-1].bytes < 6_000_000_000
+    assert found.remedies[-1].bytes < 7_000_000_000
     assert sum(found.stream.gradients) == 18_432_000, "A frozen at rank 16"
     streaming = sum(found.weights[part] for part in ("experts", "expert biases", "attention", "router", "norms"))
     assert found.stream.link_bytes == pytest.approx(2 * streaming, rel=1e-4)
