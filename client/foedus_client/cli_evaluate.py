@@ -105,7 +105,7 @@ def _measure(base: Path, variant: Path | None, material: Material) -> tuple[dict
     from foedus_model.generate import load_generator
 
     from foedus_client.evaluate import measure
-    from foedus_client.session import default_device, set_threads
+    from foedus_client.switches import default_device, set_threads
 
     set_threads()
     found = {}

@@ -24,7 +24,7 @@ from foedus_protocols.charter import Charter
 from foedus_protocols.errors import DataError
 
 from foedus_client.scratch import scratch
-from foedus_client.session import Session, set_threads
+from foedus_client.session import Session
 from foedus_client.work import EvaluateTask, Setup, StepTermsTask, TrainTask
 
 NORM_UNITS = 64
@@ -83,7 +83,6 @@ def rehearse(
         DataError: The proxy holds too few units to train on some and measure on others.
     """
     with scratch(folder) as place:
-        set_threads()
         session = Session.load(setup, work=place)
         found = session.describe()
         if not found.train_units or not found.heldout_units:

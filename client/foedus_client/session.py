@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from foedus_kernels.backend import PATHS
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.attention import fuse_attention
 from foedus_model.build import load_base
 from foedus_model.experts import choose_path
 from foedus_model.recompute import recompute_layers
 from foedus_model.streaming import Streamer, stream_experts
-from foedus_protocols.errors import CheckpointError, ConfigError, PrivacyCheckFailed, RoundFailed
+from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
 from foedus_protocols.layout import Vector, adapter_layout, initial_vector
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
@@ -29,6 +28,15 @@ from foedus_client.datasets import Dataset, load_dataset
 from foedus_client.noise import RoundedGaussian
 from foedus_client.packed import Packing, packing_for
 from foedus_client.privacy import SeededBytes, StepTerms
+from foedus_client.switches import (
+    checkpointing,
+    default_device,
+    experts_path,
+    fused_attention,
+    set_threads,
+    units_a_forward,
+    units_streamed,
+)
 from foedus_client.work import (
     CheckReply,
     CheckTask,
@@ -44,8 +52,6 @@ from foedus_client.work import (
 _LOG = logging.getLogger("foedus.client")
 
 NOISE_TABLES = "noise"
-_MOST_UNITS = 64
-_MOST_STREAMED = 4096
 
 
 class Session:
@@ -81,6 +87,7 @@ class Session:
             ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
+        set_threads()
         recompute, fused, experts, streamed = checkpointing(), fused_attention(), experts_path(), units_streamed()
         rows = setup.max_tokens * max(setup.max_records_per_unit, units_a_forward())
         base = Path(setup.base)
@@ -258,99 +265,3 @@ class Session:
             length = training.vector_length(self._adapter)
             self._tables[terms] = training.noise_table(terms, length, cache=self._work / NOISE_TABLES)
         return self._tables[terms]
-
-
-def default_device() -> torch.device:
-    """A GPU where there is one, unless FOEDUS_DEVICE says otherwise."""
-    named = os.environ.get("FOEDUS_DEVICE")
-    if named:
-        return torch.device(named)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def set_threads() -> None:
-    """FOEDUS_THREADS threads; torch's own choice without it."""
-    count = os.environ.get("FOEDUS_THREADS")
-    if count:
-        torch.set_num_threads(max(1, int(count)))
-
-
-def checkpointing() -> str:
-    """FOEDUS_CHECKPOINTING: ``on`` computes activations again instead of keeping them, ``offload`` has the layers'
-    inputs wait on the host besides; ``off`` without it.
-
-    The bits of a step are the same with and without, so it is each organisation's own affair and in no charter.
-
-    Raises:
-        ConfigError: Nothing of these.
-    """
-    value = os.environ.get("FOEDUS_CHECKPOINTING") or "off"
-    if value not in ("on", "offload", "off"):
-        raise ConfigError(f"expected FOEDUS_CHECKPOINTING=on, offload or off, got {value!r}: correct the environment")
-    return value
-
-
-def fused_attention() -> bool:
-    """Whether FOEDUS_ATTENTION asks for attention in linear memory (``fused``); ``eager`` without it.
-
-    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
-
-    Raises:
-        ConfigError: Neither fused nor eager.
-    """
-    value = os.environ.get("FOEDUS_ATTENTION") or "eager"
-    if value not in ("fused", "eager"):
-        raise ConfigError(f"expected FOEDUS_ATTENTION=fused or eager, got {value!r}: correct the environment")
-    return value == "fused"
-
-
-def experts_path() -> str | None:
-    """The path of the experts that FOEDUS_EXPERTS asks for; None without it: device, codec and shape then choose.
-
-    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
-
-    Raises:
-        ConfigError: Neither fused nor dequantised.
-    """
-    value = os.environ.get("FOEDUS_EXPERTS") or None
-    if value is not None and value not in PATHS:
-        raise ConfigError(f"expected FOEDUS_EXPERTS=fused or dequantised, got {value!r}: correct the environment")
-    return value
-
-
-def units_a_forward() -> int:
-    """FOEDUS_UNITS_A_FORWARD units share a forward in private runs, where that changes no bit; one without it.
-
-    Raises:
-        ConfigError: Not a number from 1 to 64.
-    """
-    value = os.environ.get("FOEDUS_UNITS_A_FORWARD") or "1"
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MOST_UNITS:
-        raise ConfigError(
-            f"expected FOEDUS_UNITS_A_FORWARD from 1 to {_MOST_UNITS}, got {value!r}: correct the environment"
-        )
-    return int(value)
-
-
-def units_streamed() -> int | None:
-    """FOEDUS_STREAMING units share a pass over experts that stream from the host; None without it.
-
-    Gradients are the same bits with and without on a CPU, and up to rounding on a GPU, where `checks.streaming_check`
-    compares them before a private run: each organisation's own affair, and in no charter.
-
-    Raises:
-        ConfigError: Not a number from 1 to 4096, or several units a forward beside it.
-    """
-    value = os.environ.get("FOEDUS_STREAMING") or "off"
-    if value == "off":
-        return None
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= _MOST_STREAMED:
-        raise ConfigError(
-            f"expected FOEDUS_STREAMING from 1 to {_MOST_STREAMED}, or off, got {value!r}: correct the environment"
-        )
-    if units_a_forward() > 1:
-        raise ConfigError(
-            "expected FOEDUS_STREAMING or FOEDUS_UNITS_A_FORWARD, got both: leave out the second, streamed units share "
-            "each layer already"
-        )
-    return int(value)

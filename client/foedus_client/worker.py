@@ -31,7 +31,7 @@ from foedus_protocols.files import disk_trouble
 from foedus_protocols.logs import frames_of, setup
 
 from foedus_client.app import body_of, build_app, content_of
-from foedus_client.session import Session, set_threads
+from foedus_client.session import Session
 from foedus_client.tether import alone, leave_with
 from foedus_client.work import MAX_TASK_BYTES, CheckTask, EvaluateTask, Reply, Request, Setup, Task, TrainTask
 
@@ -117,7 +117,6 @@ def main(arguments: list[str]) -> int:
     """Serve on a socket's descriptor, for as long as the process that is named beside it lives."""
     setup()
     leave_with(int(arguments[1]))
-    set_threads()
     with alone(Path.cwd()):
         serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
     return 0

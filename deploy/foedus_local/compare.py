@@ -26,7 +26,8 @@ from foedus_client.datasets.units import is_held_out
 from foedus_client.evaluate import Material, Measured, as_dict, measure, report
 from foedus_client.intervals import ratio
 from foedus_client.scratch import scratch
-from foedus_client.session import Session, default_device
+from foedus_client.session import Session
+from foedus_client.switches import default_device
 from foedus_client.work import Setup, StepTermsTask, TrainTask
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_model.build import load_base

@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from foedus_client.app import RECORD, body_of, build_app
-from foedus_client.session import Session, set_threads
+from foedus_client.session import Session
 from foedus_client.work import (
     CheckReply,
     CheckTask,
@@ -91,7 +91,6 @@ def _session(message: Message) -> Session:
     record = message.content[SETUP]
     key = (bytes(record["body"]), str(record["work"]))
     if key not in _sessions:
-        set_threads()
         _sessions[key] = Session.load(Setup.decode(key[0]), work=Path(key[1]))
     _sessions.move_to_end(key)
     while len(_sessions) > _SESSIONS:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foedus_client.session import checkpointing, default_device, fused_attention, units_streamed
+from foedus_client.switches import checkpointing, default_device, fused_attention, units_streamed
 from foedus_model.build import specs_of
 from foedus_model.fit import DRIVER, fit
 from foedus_model.memory import device_free, host_free

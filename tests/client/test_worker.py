@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foedus_client.session import units_streamed
+from foedus_client.switches import units_streamed
 from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, TrainTask
 from foedus_client.worker_process import WorkerProcess
 from foedus_protocols import accounting
@@ -213,6 +213,15 @@ def test_fused_attention_is_the_organisations_and_changes_rounding_alone(
         other.train(setup, _train(folder, OPEN), _nothing)
     np.testing.assert_allclose(_vector(folder), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert _vector(folder).tobytes() != expected.tobytes(), "another function ran"
+
+
+def test_threads_that_cannot_be_are_refused_by_the_task(
+    setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
+    refused = pytest.raises(ConfigError, match="expected FOEDUS_THREADS from 1 to 1024, got 'many'")
+    with closing_worker(tmp_path, monkeypatch, "many", name="FOEDUS_THREADS") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
 
 
 @pytest.mark.parametrize(
