@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,17 +103,15 @@ def _material(
 
 def _measure(base: Path, variant: Path | None, material: Material) -> tuple[dict[str, Measured], bool | None]:
     """The base, and the variant beside it."""
-    from foedus_model.generate import load_generator
+    from foedus_model.generate import load_as_switched
 
     from foedus_client.evaluate import measure
-    from foedus_client.switches import default_device, set_threads
 
-    set_threads()
     found = {}
     private = None
     for name, folder in (("base", None), *((("variant", variant),) if variant is not None else ())):
         progress_console.print(f"  measuring the {name}", highlight=False)
-        generator = load_generator(base, folder, device=default_device())
-        private = generator.private
-        found[name] = measure(generator.model, material)
+        with closing(load_as_switched(base, folder)) as generator:
+            private = generator.private
+            found[name] = measure(generator.model, material)
     return found, private

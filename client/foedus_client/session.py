@@ -5,38 +5,26 @@ Plain functions over a loaded `Session`; nothing here knows of Flower, sockets, 
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from foedus_model.adapter import AttachedAdapter, attach
-from foedus_model.attention import fuse_attention
-from foedus_model.build import load_base
-from foedus_model.experts import choose_path
-from foedus_model.recompute import recompute_layers
-from foedus_model.streaming import Streamer, stream_experts
-from foedus_protocols.errors import CheckpointError, PrivacyCheckFailed, RoundFailed
+from foedus_model.adapter import AttachedAdapter
+from foedus_model.streaming import Streamer
+from foedus_protocols.errors import PrivacyCheckFailed, RoundFailed
 from foedus_protocols.files import disk_errors
-from foedus_protocols.layout import Vector, adapter_layout, initial_vector
-from foedus_protocols.manifest import TOKENIZER_FILE, read_config
+from foedus_protocols.layout import Vector, initial_vector
+from foedus_protocols.manifest import TOKENIZER_FILE
 from foedus_protocols.messages import Scores
 
 from foedus_client import checks, training
 from foedus_client.datasets import Dataset, load_dataset
+from foedus_client.loading import load_adapted
 from foedus_client.noise import RoundedGaussian
 from foedus_client.packed import Packing, packing_for
 from foedus_client.privacy import SeededBytes, StepTerms
-from foedus_client.switches import (
-    checkpointing,
-    default_device,
-    experts_path,
-    fused_attention,
-    set_threads,
-    units_a_forward,
-    units_streamed,
-)
+from foedus_client.switches import units_a_forward
 from foedus_client.work import (
     CheckReply,
     CheckTask,
@@ -48,8 +36,6 @@ from foedus_client.work import (
     TrainReply,
     TrainTask,
 )
-
-_LOG = logging.getLogger("foedus.client")
 
 NOISE_TABLES = "noise"
 
@@ -87,34 +73,12 @@ class Session:
             ConfigError: A setting of the environment that cannot be.
             DataError: A file cannot be read.
         """
-        set_threads()
-        recompute, fused, experts, streamed = checkpointing(), fused_attention(), experts_path(), units_streamed()
-        rows = setup.max_tokens * max(setup.max_records_per_unit, units_a_forward())
-        base = Path(setup.base)
-        layout = adapter_layout(
-            read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
-        )
-        if layout.digest != setup.layout_digest:
-            raise CheckpointError(
-                f"expected the adapter layout {setup.layout_digest[:12]}, this base gives {layout.digest[:12]}"
-            )
-        model = load_base(base, expect_digest=setup.base_digest, device=default_device(), stream=streamed is not None)
-        adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
-        choose_path(model, rows=rows, device=default_device(), wanted=experts)
-        if fused:
-            fuse_attention(model)
-        streaming = None
-        if streamed is not None:
-            streaming = stream_experts(model, adapter.trained, units=streamed)
-            streaming.require_host(setup.max_tokens * setup.max_records_per_unit)
-            _LOG.info("%s", streaming)
-        if recompute != "off":
-            recompute_layers(model, offload=recompute == "offload")
+        adapter, streaming = load_adapted(setup)
         data = load_dataset(
             [Path(file) for file in setup.files],
             units=setup.units,
             columns=setup.columns,
-            tokenizer_path=base / TOKENIZER_FILE,
+            tokenizer_path=Path(setup.base) / TOKENIZER_FILE,
             max_tokens=setup.max_tokens,
             max_records_per_unit=setup.max_records_per_unit,
             split_key=bytes.fromhex(setup.split_key),

@@ -93,6 +93,8 @@ def demo(
     output: FormatOption = Format.text,
 ) -> None:
     """Run a coordinator and its organisations as separate processes, and train one adapter together."""
+    from foedus_client.loading import Switches
+
     from foedus_local.demo import demo_folder, run_demo
     from foedus_local.report import draw
 
@@ -114,6 +116,7 @@ def demo(
         terms = replace(terms, **{name: value for name, value in _SHORT.items() if _is_default(context, name)})
     model = base or shipped_base()
     # What cannot be meant is found before an earlier demo's folder is emptied.
+    Switches.read()
     if data is None:
         check_domain(domain or _DOMAIN)
     own = None if data is None else plan_data(data, unit or [], columns or [], model, terms)

@@ -7,6 +7,8 @@ Whoever trains alone keeps its own terms of the charter: its sampling, its noise
 one organisation that holds everything, with the sum of all expected units, and noise for the same promise: what nobody
 may do, and the bound to come near to.
 
+The environment's switches are obeyed as an organisation's worker obeys them (`foedus_client.loading`).
+
 The rows *alone* and *pooled* are trained here and thrown away. Where noise was added, each of them would cost the same
 epsilon once more if anybody released it.
 """
@@ -14,6 +16,7 @@ epsilon once more if anybody released it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,10 @@ from foedus_client.datasets.labels import Questions, read_questions
 from foedus_client.datasets.units import is_held_out
 from foedus_client.evaluate import Material, Measured, as_dict, measure, report
 from foedus_client.intervals import ratio
+from foedus_client.loading import load_adapted
 from foedus_client.scratch import scratch
 from foedus_client.session import Session
-from foedus_client.switches import default_device
 from foedus_client.work import Setup, StepTermsTask, TrainTask
-from foedus_model.adapter import AttachedAdapter, attach
-from foedus_model.build import load_base
-from foedus_model.experts import choose_path
 from foedus_model.generate import read_variant_manifest
 from foedus_protocols import accounting, rules
 from foedus_protocols.charter import Charter, less_slack, noise_slack
@@ -86,13 +86,13 @@ def compare(
 
     Raises:
         CheckpointError: The variant's files are not its manifest's.
+        ConfigError: A switch that cannot be, or that base, adapter or machine cannot follow.
         DataError: No held-out unit is left.
     """
     check_files(variant, read_variant_manifest(variant))
     layout = charter.adapter.layout(read_config(base))
-    model = load_base(base, expect_digest=charter.base, device=default_device())
-    adapter = attach(model, layout, seed=charter.adapter.seed, alpha=charter.adapter.alpha, rank=charter.adapter.rank)
-    choose_path(model, rows=charter.recipe.max_tokens * charter.recipe.max_records_per_unit)
+    setup = _setup(charter, base)
+    adapter, streaming = load_adapted(setup)
     held = {one.org: _dataset(one, charter, base) for one in organisations}
     material, left_out = _material(charter, organisations, held, base)
     parties = [_party(charter, org, data) for org, data in held.items()]
@@ -104,13 +104,17 @@ def compare(
         adapter.load_vector(vector)
         measured[name] = measure(adapter.model, material)
 
-    put(BASE, start)
-    with scratch(folder) as place:
+    with ExitStack() as stack:
+        if streaming is not None:
+            stack.callback(streaming.close)
+        put(BASE, start)
+        place = stack.enter_context(scratch(folder))
         for party in [*parties, _pooled(charter, parties)]:
             name = POOLED if party.org == _POOL else f"alone: {party.org}"
             say(f"training {name}, {charter.privacy.rounds} rounds")
-            put(name, _train(charter, party, adapter, start, base=base, place=place))
-    put(FEDERATION, read_peft(variant, layout).vector)
+            session = Session(setup, adapter, party.data, work=place, streaming=streaming)
+            put(name, _train(charter, party, session, start, place=place))
+        put(FEDERATION, read_peft(variant, layout).vector)
     return {
         **report(measured, material, seed=seed),
         "trained_elsewhere": left_out,
@@ -208,11 +212,8 @@ def _terms(charter: Charter, noise: float, sampling_prob: float, expected_units:
     )
 
 
-def _train(
-    charter: Charter, party: Party, adapter: AttachedAdapter, start: Vector, *, base: Path, place: Path
-) -> Vector:
+def _train(charter: Charter, party: Party, session: Session, start: Vector, *, place: Path) -> Vector:
     """All rounds of one party: its own vector is the mean, and the charter's rule advances."""
-    session = Session(_setup(charter, base), adapter, party.data, work=place)
     rule = charter.rule()
     if rule.name == "adambc":  # The variance of this party's noise, not of the federation's sum.
         constants = (party.weight, party.terms.expected_units, party.terms.noise_multiplier)
@@ -228,7 +229,7 @@ def _train(
 
 
 def _setup(charter: Charter, base: Path) -> Setup:
-    """What a session asks of its setup once base, adapter and data are loaded."""
+    """An organisation's setup without its data."""
     adapter, recipe = charter.adapter, charter.recipe
     return Setup(
         base=str(base),

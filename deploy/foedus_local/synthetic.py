@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foedus_client.switches import checkpointing, default_device, fused_attention, units_streamed
+from foedus_client.switches import checkpointing, units_streamed
 from foedus_model.build import specs_of
 from foedus_model.fit import DRIVER, fit
 from foedus_model.memory import device_free, host_free
 from foedus_model.parts import in_units
+from foedus_model.switches import default_device, fused_attention
 from foedus_model.synthesise import shaped, synthesise
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.files import DiskFull

@@ -114,12 +114,17 @@ def load(
 
 
 def build(
-    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> GptOssForCausalLM:
     """The model of an opened checkpoint; `load_base` says more."""
     config = _model_config(checkpoint.config)
     model = _on_meta(config, checkpoint.manifest.quantisation)
-    return _filled(checkpoint, config, model, device=device, dtype=_compute(dtype)).model
+    left = _experts(model) if stream else frozenset()
+    return _filled(checkpoint, config, model, device=device, dtype=_compute(dtype), left=left).model
 
 
 def specs_of(described: Mapping[str, Any]) -> dict[str, TensorSpec]:

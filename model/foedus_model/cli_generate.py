@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,10 +66,8 @@ def generate(
     output: FormatOption = Format.text,
 ) -> None:
     """Answer prompts with a base model or a variant."""
-    import torch
-
     from foedus_model.decode import Request, complete
-    from foedus_model.generate import load_generator
+    from foedus_model.generate import load_as_switched
     from foedus_model.sampling import Sampling
 
     if stream and output is Format.json:
@@ -81,14 +79,14 @@ def generate(
         stop=tuple(stop or ()),
     )  # fmt: skip
     conversations = _conversations(prompt or [], prompt_file or [], messages, raw=raw)
-    generator = load_generator(base, variant, device="cuda" if torch.cuda.is_available() else "cpu")
     form = _Form(raw=raw, short=short, effort=effort)
-    requests = [Request(prompt=_prompt(generator, turns, form), sampling=sampling) for turns in conversations]
-    if stream:
-        _stream(generator, requests)
-        return
-    with _progress(requests) as progress:
-        done = complete(generator.model, generator.tokenizer, requests, batch=batch, on_finish=progress)
+    with closing(load_as_switched(base, variant)) as generator:
+        requests = [Request(prompt=_prompt(generator, turns, form), sampling=sampling) for turns in conversations]
+        if stream:
+            _stream(generator, requests)
+            return
+        with _progress(requests) as progress:
+            done = complete(generator.model, generator.tokenizer, requests, batch=batch, on_finish=progress)
     result = _result(generator, requests, done, variant)
     emit(result, output, lambda console: _print(console, result))
 

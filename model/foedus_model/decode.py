@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from transformers import DynamicCache, GptOssForCausalLM
 
 from foedus_model.chat import FINAL, Channels, Prompt
+from foedus_model.loss import device_of
 from foedus_model.sampling import Sampling, choose, new_generator
 from foedus_model.text_stream import TextStream
 
@@ -191,12 +192,12 @@ class _Batch:
     """Rows that are decoded together, padded on the left, and their cache."""
 
     def __init__(self, model: GptOssForCausalLM, prompts: Sequence[Sequence[int]], *, use_cache: bool) -> None:
-        longest = max(map(len, prompts))
+        longest, device = max(map(len, prompts)), device_of(model)
         self._model = model
-        self._tokens = torch.zeros((len(prompts), longest), dtype=torch.long, device=model.device)  # (B, T)
+        self._tokens = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)  # (B, T)
         self._mask = torch.zeros_like(self._tokens)  # (B, T)
         for row, prompt in enumerate(prompts):
-            self._tokens[row, longest - len(prompt) :] = torch.tensor(prompt, device=model.device)
+            self._tokens[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
             self._mask[row, longest - len(prompt) :] = 1
         self._cache = DynamicCache(config=model.config) if use_cache else None
         self._cached = 0

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foedus_model.loss import Record, batch_of, token_losses
+from foedus_model.loss import Record, batch_of, device_of, token_losses
 
 _BATCH_TOKENS = 4096
 
@@ -60,7 +60,7 @@ def row_losses(model: Any, rows: Sequence[Record], *, batch_tokens: int = _BATCH
 @torch.inference_mode()
 def _measure(model: Any, rows: Sequence[Record]) -> NDArray[np.float64]:
     """One forward.  # float64 (rows,)"""
-    batch = batch_of(rows, model.device)
+    batch = batch_of(rows, device_of(model))
     if batch is None:
         return np.zeros(len(rows), np.float64)
     losses, owners = token_losses(model, batch)  # (N,), (N,)

@@ -2,7 +2,7 @@
 
 The decoding loop is in `decode.py`, prompts in `chat.py`. What is here is loading, and the refusal to mix: a variant
 names its base by digest and is loaded on no other, and a variant that was trained without privacy says so in every
-result.
+result. The environment's switches (`switches.py`) are those of a worker, as far as nothing is trained.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from foedus_protocols.peft_folder import check_files, folder_layout, read_peft
 from tokenizers import Tokenizer
 from transformers import GptOssForCausalLM
 
+from foedus_model import switches
 from foedus_model.adapter import attach
+from foedus_model.attention import fuse_attention
 from foedus_model.build import build
 from foedus_model.chat import TEMPLATE_FILE
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.experts import choose_path
+from foedus_model.streaming import Streamer, stream_experts
 
 # Rows of a step that writes a token for each request. A prompt's forward may have more; it is one of many.
 _MOST_REQUESTS = 256
@@ -41,6 +44,7 @@ class Generator:
         base_digest: The base's identity.
         private: Whether the variant was trained with differential privacy; None without a variant.
         template: The base's chat template, where it carries one.
+        streaming: What copies the layers to the device, where they stream.
     """
 
     model: GptOssForCausalLM
@@ -48,19 +52,50 @@ class Generator:
     base_digest: str
     private: bool | None
     template: str | None = None
+    streaming: Streamer | None = None
+
+    def close(self) -> None:
+        """End the copies of what streams; any number of times."""
+        if self.streaming is not None:
+            self.streaming.close()
 
 
-def load_generator(base: Path, variant: Path | None = None, *, device: str | torch.device = "cpu") -> Generator:
+def load_as_switched(base: Path, variant: Path | None = None) -> Generator:
+    """`load_generator` where and how the environment says (`switches.py`), which is read before anything is loaded.
+
+    Raises:
+        ConfigError: A switch that cannot be, or one that this base, variant or machine cannot follow.
+        CheckpointError: As `load_generator`.
+    """
+    device, fused, experts = switches.default_device(), switches.fused_attention(), switches.experts_path()
+    stream = switches.units_a_pass() is not None
+    switches.set_threads()
+    return load_generator(base, variant, device=device, fused=fused, experts=experts, stream=stream)
+
+
+def load_generator(
+    base: Path,
+    variant: Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    fused: bool = False,
+    experts: str | None = None,
+    stream: bool = False,
+) -> Generator:
     """Load a base and, on top of it, a variant.
 
     Args:
         base: A checkpoint folder.
         variant: A variant folder: a PEFT adapter with a manifest that names its base.
         device: Where the model runs, in float32 on a CPU and bfloat16 elsewhere.
+        fused: Attention in memory linear in the tokens (`attention.fuse_attention`).
+        experts: The path of the experts, as `experts.choose_path` takes it.
+        stream: Layers stream from the host; a forward brings each of them once, so every new token does.
 
     Raises:
         CheckpointError: A folder is incomplete or damaged, the adapter is not the manifest's, or the variant belongs
             to another base.
+        ConfigError: The experts' path cannot run here, or base or variant cannot stream.
     """
     manifest = read_variant_manifest(variant) if variant is not None else None
     checkpoint = open_checkpoint(base)
@@ -70,7 +105,7 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
             "name the right one with --base"
         )
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    model = build(checkpoint, device=device, dtype=dtype)
+    model = build(checkpoint, device=device, dtype=dtype, stream=stream)
     if variant is not None and manifest is not None:
         check_files(variant, manifest)
         layout = folder_layout(variant, checkpoint.config, manifest)
@@ -80,13 +115,16 @@ def load_generator(base: Path, variant: Path | None = None, *, device: str | tor
         attached = attach(model, layout, seed="", alpha=adapter.alpha, rank=adapter.rank, fixed=adapter.fixed)
         attached.load_vector(adapter.vector)
         model.requires_grad_(False)
-    choose_path(model, rows=_MOST_REQUESTS)
+    choose_path(model, rows=_MOST_REQUESTS, device=device, wanted=experts)
+    if fused:
+        fuse_attention(model)
     return Generator(
         model=model,
         tokenizer=Tokenizer.from_file(str(checkpoint.tokenizer_path)),
         base_digest=checkpoint.digest,
         private=manifest["private"] if manifest is not None else None,
         template=_template(base, checkpoint.manifest.files),
+        streaming=stream_experts(model, (), units=1) if stream else None,
     )
 
 

@@ -55,6 +55,12 @@ def batch_of(records: Sequence[Record], device: torch.device) -> Batch | None:
     return Batch(tokens=torch.from_numpy(tokens).to(device), answers=torch.from_numpy(answers).to(device))
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes, and so where its tokens have to be: what comes before its head may wait on the host."""
+    found: torch.device = model.lm_head.weight.device
+    return found
+
+
 def token_losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each answer token in nats, and its record. Logits are made at these only, some rows a time."""
     owners, places = torch.nonzero(batch.answers, as_tuple=True)  # (N,), (N,)

@@ -7,31 +7,32 @@ from collections.abc import Callable
 import pytest
 import torch
 from foedus_client import switches
+from foedus_model import switches as shared
 from foedus_protocols.errors import ConfigError
 
 
 def test_without_a_variable_each_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CHECKPOINTING", "ATTENTION", "EXPERTS", "UNITS_A_FORWARD", "STREAMING", "THREADS", "DEVICE"):
         monkeypatch.setenv(f"FOEDUS_{name}", "")  # Empty is as good as absent.
-    said = [switches.checkpointing(), switches.fused_attention(), switches.experts_path()]
+    said = [switches.checkpointing(), shared.fused_attention(), shared.experts_path()]
     assert said == ["off", False, None]
     assert (switches.units_a_forward(), switches.units_streamed()) == (1, None)
     before = torch.get_num_threads()
-    switches.set_threads()
+    shared.set_threads()
     assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
     ("read", "name", "value", "text"),
     [
-        (switches.default_device, "DEVICE", "gpu", "expected FOEDUS_DEVICE=cpu, cuda or cuda:1, got 'gpu'"),
-        (switches.set_threads, "THREADS", "many", "expected FOEDUS_THREADS from 1 to 1024, got 'many'"),
-        (switches.set_threads, "THREADS", "0", "expected FOEDUS_THREADS from 1 to 1024, got '0'"),
-        (switches.set_threads, "THREADS", "9" * 5000, "expected FOEDUS_THREADS from 1 to 1024, got '999"),
+        (shared.default_device, "DEVICE", "gpu", "expected FOEDUS_DEVICE=cpu, cuda or cuda:1, got 'gpu'"),
+        (shared.set_threads, "THREADS", "many", "expected FOEDUS_THREADS from 1 to 1024, got 'many'"),
+        (shared.set_threads, "THREADS", "0", "expected FOEDUS_THREADS from 1 to 1024, got '0'"),
+        (shared.set_threads, "THREADS", "9" * 5000, "expected FOEDUS_THREADS from 1 to 1024, got '999"),
         (switches.units_a_forward, "UNITS_A_FORWARD", "65", "expected FOEDUS_UNITS_A_FORWARD from 1 to 64, got '65'"),
         (switches.checkpointing, "CHECKPOINTING", "yes", "FOEDUS_CHECKPOINTING=on, offload or off, got 'yes'"),
-        (switches.fused_attention, "ATTENTION", "flash", "FOEDUS_ATTENTION=fused or eager, got 'flash'"),
-        (switches.experts_path, "EXPERTS", "quick", "FOEDUS_EXPERTS=fused or dequantised, got 'quick'"),
+        (shared.fused_attention, "ATTENTION", "flash", "FOEDUS_ATTENTION=fused or eager, got 'flash'"),
+        (shared.experts_path, "EXPERTS", "quick", "FOEDUS_EXPERTS=fused or dequantised, got 'quick'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(

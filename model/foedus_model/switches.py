@@ -1,0 +1,109 @@
+"""What the environment says of how a process's model runs: device, threads, paths. One reader for each switch.
+
+Whatever loads a model reads them here: a client's worker, the demo's comparison, `foedus model generate` and
+`evaluate`. Those that only training has are the client's (`foedus_client.switches`). They change speed, memory and
+rounding, never what is promised: they are each organisation's own, and no charter can set or forbid them
+(`docs/operations.md`). An empty value is none.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from foedus_kernels.backend import PATHS
+from foedus_protocols.errors import ConfigError
+
+_MOST_THREADS = 1024
+_MOST_STREAMED = 4096
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one, unless FOEDUS_DEVICE says otherwise.
+
+    Raises:
+        ConfigError: No device of torch's.
+    """
+    named = os.environ.get("FOEDUS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(named)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"expected FOEDUS_DEVICE=cpu, cuda or cuda:1, got {named!r}: correct the environment"
+        ) from error
+
+
+def threads() -> int | None:
+    """FOEDUS_THREADS; None without it.
+
+    Raises:
+        ConfigError: Not a number from 1 to 1024.
+    """
+    value = os.environ.get("FOEDUS_THREADS")
+    if not value:
+        return None
+    if not is_number(value, _MOST_THREADS):
+        raise ConfigError(f"expected FOEDUS_THREADS from 1 to {_MOST_THREADS}, got {value!r}: correct the environment")
+    return int(value)
+
+
+def set_threads() -> None:
+    """FOEDUS_THREADS threads; torch's own choice without it.
+
+    Raises:
+        ConfigError: Not a number from 1 to 1024.
+    """
+    wanted = threads()
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def fused_attention() -> bool:
+    """Whether FOEDUS_ATTENTION asks for attention in linear memory (``fused``); ``eager`` without it.
+
+    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
+
+    Raises:
+        ConfigError: Neither fused nor eager.
+    """
+    value = os.environ.get("FOEDUS_ATTENTION") or "eager"
+    if value not in ("fused", "eager"):
+        raise ConfigError(f"expected FOEDUS_ATTENTION=fused or eager, got {value!r}: correct the environment")
+    return value == "fused"
+
+
+def experts_path() -> str | None:
+    """The path of the experts that FOEDUS_EXPERTS asks for; None without it: device, codec and shape then choose.
+
+    Gradients differ by rounding, as between a CPU and a GPU: each organisation's own affair.
+
+    Raises:
+        ConfigError: Neither fused nor dequantised.
+    """
+    value = os.environ.get("FOEDUS_EXPERTS") or None
+    if value is not None and value not in PATHS:
+        raise ConfigError(f"expected FOEDUS_EXPERTS=fused or dequantised, got {value!r}: correct the environment")
+    return value
+
+
+def units_a_pass() -> int | None:
+    """FOEDUS_STREAMING: layers stream from the host, and so many units share a pass of training; None without it.
+
+    Whoever does not train streams with any number: a forward brings each layer once.
+
+    Raises:
+        ConfigError: Not a number from 1 to 4096.
+    """
+    value = os.environ.get("FOEDUS_STREAMING") or "off"
+    if value == "off":
+        return None
+    if not is_number(value, _MOST_STREAMED):
+        raise ConfigError(
+            f"expected FOEDUS_STREAMING from 1 to {_MOST_STREAMED}, or off, got {value!r}: correct the environment"
+        )
+    return int(value)
+
+
+def is_number(value: str, most: int) -> bool:
+    """Whether a text is a number from 1 to `most`; however long it is."""
+    return value.isascii() and value.isdigit() and len(value) <= len(str(most)) and 1 <= int(value) <= most
