@@ -177,6 +177,9 @@ GPT_OSS_120B = Shape(name="gpt-oss-120b", experts=128, layers=36)
 GPT_OSS_20B = Shape(name="gpt-oss-20b", experts=32, layers=24)
 SHAPES = (GPT_OSS_120B, GPT_OSS_20B)
 ROWS = (16, 256)
+MOE_16E_32K = Shape(name="moe-16e-32k", experts=16, layers=36, inner=23_680)
+RECORDS = (4096, 16384, 32768)
+"""Tokens of a record for log-sparse attention, which only this preset has and which long records are for."""
 
 
 def packed_bytes(values: int) -> int:
@@ -281,6 +284,29 @@ def log_sparse_backward(shape: Shape, tokens: int, pattern: Pattern | None = Non
     return Work(launches=(_attention_backward(shape, tokens, pairs),))
 
 
+def log_sparse_both(shape: Shape, tokens: int, pattern: Pattern | None = None) -> Work:
+    """K5 forward and backward over one record."""
+    passes = (log_sparse_forward(shape, tokens, pattern), log_sparse_backward(shape, tokens, pattern))
+    return Work(launches=tuple(launch for one in passes for launch in one.launches))
+
+
+def log_sparse_decode(shape: Shape, tokens: int, pattern: Pattern | None = None) -> Work:
+    """K5 for the newest token of one record: the keys and values of its own O(log n) blocks, each read once."""
+    pattern = pattern or Pattern()
+    blocks = pattern.key_blocks((tokens - 1) // pattern.block)
+    keys = sum(min(pattern.block, tokens - block * pattern.block) for block in blocks)
+    states = shape.heads * shape.width
+    return Work(
+        launches=(
+            Launch(
+                name="decode",
+                bytes=2 * (states + keys * shape.kv_heads * shape.width) * _BF16,
+                flops=2 * 2 * keys * states,
+            ),
+        )
+    )
+
+
 def sink_attention(shape: Shape, tokens: int, window: int | None = None) -> Work:
     """A full or sliding layer with sinks, forward and backward: flash attention, and its output scaled once more."""
     reach = tokens if window is None else min(window, tokens)
@@ -363,3 +389,10 @@ KERNELS = (
     Kernel(name="K4 link", work=lambda shape, _: layer_copy(shape), by_rows=False),
 )
 """Attention and cross-entropy at the tokens that give the experts their rows."""
+
+RECORD_KERNELS = (
+    Kernel(name="K5 record, forward", work=lambda shape, tokens: log_sparse_forward(shape, tokens)),
+    Kernel(name="K5 record, forward and backward", work=lambda shape, tokens: log_sparse_both(shape, tokens)),
+    Kernel(name="K5 record, decode", work=lambda shape, tokens: log_sparse_decode(shape, tokens)),
+)
+"""Log-sparse attention by the length of a record, `RECORDS`, with the heads of `MOE_16E_32K`."""

@@ -5,10 +5,12 @@
 
 First the card's own peaks (a large product in bfloat16, a large copy, a pinned copy from the host), then each kernel at
 16 and 256 rows an expert: median seconds by CUDA events with the caches cold, bandwidth and FLOP/s from the arithmetic
-of `foedus_kernels.roofline`, their share of the card's peak, the most memory. Then whole training steps. Weights are
-synthetic, made on the device, scale bytes 117 to 123; routing has a trained router's histogram (`gpu_routing.py`).
+of `foedus_kernels.roofline`, their share of the card's peak, the most memory. Then log-sparse attention over records of
+4K to 32K tokens, and whole training steps. Weights are synthetic, made on the device, scale bytes 117 to 123; routing
+has a trained router's histogram (`gpu_routing.py`).
 
 What cannot run says "not measured" and why, and the rest goes on; ``--out`` has each row as soon as it is there.
+triton_kernels (`gpu_triton_kernels.py`) may instead be "not installed" or of a "version not supported".
 ``--table`` prints the empty table of docs/benchmarks.md and needs no GPU. Rows feed ``roofline.py --measured``.
 """
 
@@ -25,9 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from foedus_kernels.roofline import KERNELS, ROWS, SHAPES, Kernel, Shape
-from gpu_kernels import JOBS, OURS, WAYS, Job, Place
+from foedus_kernels.roofline import (
+    KERNELS,
+    MOE_16E_32K,
+    RECORD_KERNELS,
+    RECORDS,
+    ROWS,
+    SHAPES,
+    Kernel,
+    Shape,
+    Work,
+)
+from gpu_kernels import EAGER, GROUPED, JOBS, OURS, RECORD_WAYS, REFERENCE, STOCK, THEIRS, WAYS, Job, Jobs, Place
 from gpu_steps import STEPS, Step, StepCase, link_bound, median_of
+from gpu_triton_kernels import NOT_INSTALLED, UNSUPPORTED, CannotRunError, first_line
 
 NOT_MEASURED = "not measured"
 _COLD_BYTES = 256 << 20  # Written between two turns: five times the H200's second-level cache.
@@ -87,10 +100,24 @@ def kernel_rows(
     kernel: Kernel, shape: Shape, count: int, clock: Any, place: Place, peak: dict[str, float]
 ) -> list[dict[str, Any]]:
     """A kernel at one shape: a row for each way."""
-    work = kernel.work(shape, shape.tokens(count))
-    about = {"kernel": kernel.name, "model": shape.name, "rows_an_expert": count, "tokens": shape.tokens(count)}
+    tokens = shape.tokens(count)
+    about = {"kernel": kernel.name, "model": shape.name, "rows_an_expert": count, "tokens": tokens}
+    return _rows(about, kernel.work(shape, tokens), lambda: JOBS[kernel.name](place, shape, tokens), clock, peak)
+
+
+def record_rows(
+    kernel: Kernel, shape: Shape, tokens: int, clock: Any, place: Place, peak: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Log-sparse attention over one record: a row for each way."""
+    about = {"kernel": kernel.name, "model": shape.name, "rows_an_expert": None, "tokens": tokens}
+    return _rows(about, kernel.work(shape, tokens), lambda: JOBS[kernel.name](place, shape, tokens), clock, peak)
+
+
+def _rows(
+    about: dict[str, Any], work: Work, make_jobs: Callable[[], Jobs], clock: Any, peak: dict[str, float]
+) -> list[dict[str, Any]]:
     try:
-        jobs = JOBS[kernel.name](place, shape, shape.tokens(count))
+        jobs = make_jobs()
     except Exception as error:  # One case's failure, mostly of memory, must not lose the others.
         return [about | {"way": OURS, "seconds": None, "why": _reason(error)}]
     rows = []
@@ -101,23 +128,32 @@ def kernel_rows(
             continue
         clock.clear()  # Of the way before.
         try:
-            seconds = clock.seconds(make())
+            seconds = _timed(make, clock)
         except Exception as error:
             rows.append(row | {"seconds": None, "why": _reason(error)})
+            continue
+        row |= {"seconds": seconds, "peak_bytes": clock.peak_bytes()}
+        if about["kernel"].startswith("K5") and way in (EAGER, STOCK):
+            rows.append(row)  # Full attention: its work is another.
             continue
         rows.append(
             row
             | {
-                "seconds": seconds,
                 "bytes_a_second": work.bytes / seconds,
                 "flops_a_second": work.flops / seconds,
                 "share_of_bandwidth": work.bytes / seconds / peak["bandwidth"],
                 "share_of_flops": work.flops / seconds / peak["flops"],
                 "share_of_link": work.link_bytes / seconds / peak["link"],
-                "peak_bytes": clock.peak_bytes(),
             }
         )
     return rows
+
+
+def _timed(make: Callable[[], Job], clock: Any) -> float:
+    """Seconds of a job, which is gone with this frame; what only its making took is no part of its memory."""
+    job = make()
+    clock.clear()
+    return float(clock.seconds(job))
 
 
 def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, float], repeats: int) -> dict[str, Any]:
@@ -142,28 +178,25 @@ def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, f
 
 
 def _reason(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return text[:160]
+    return str(error) if isinstance(error, CannotRunError) else first_line(error)
 
 
 def table(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    """The two tables of docs/benchmarks.md; a case without a row is not measured."""
+    """The three tables of docs/benchmarks.md; a case without a row is not measured."""
     found = {(row["kernel"], row["model"], row["rows_an_expert"], row["way"]): row for row in rows}
-    lines = [
-        "| kernel | model | rows an expert | " + " | ".join(f"{way}, µs" for way in WAYS)
-        + " | ours, share of peak | memory |",
-        "| --- | --- | ---: |" + " ---: |" * (len(WAYS) + 2),
-    ]  # fmt: skip
+    lines = _head("| kernel | model | rows an expert |", "| --- | --- | ---: |", WAYS)
     for kernel in KERNELS:
         for shape in SHAPES:
             for count in ROWS if kernel.by_rows else ROWS[-1:]:
-                of = [found.get((kernel.name, shape.name, count, way)) for way in WAYS]
-                times = [_microseconds(row, way, kernel.name) for row, way in zip(of, WAYS, strict=True)]
-                ours = of[0] if of[0] is not None and of[0]["seconds"] else None
-                share = NOT_MEASURED if ours is None else _share(ours)
-                memory = NOT_MEASURED if ours is None else f"{ours['peak_bytes'] / 1e9:.2f} GB"
+                of = {way: found.get((kernel.name, shape.name, count, way)) for way in WAYS}
                 name = count if kernel.by_rows else "any"
-                lines.append(f"| {kernel.name} | {shape.name} | {name} | {' | '.join(times)} | {share} | {memory} |")
+                lines.append(f"| {kernel.name} | {shape.name} | {name} | {_cells(of, kernel.name)} |")
+    found = {(row["kernel"], row["tokens"], row["way"]): row for row in rows if row["rows_an_expert"] is None}
+    lines += ["", *_head("| kernel | tokens |", "| --- | ---: |", RECORD_WAYS)]
+    for kernel in RECORD_KERNELS:
+        for tokens in RECORDS:
+            of = {way: found.get((kernel.name, tokens, way)) for way in RECORD_WAYS}
+            lines.append(f"| {kernel.name} | {tokens:,} | {_cells(of, kernel.name)} |")
     done = {row["step"]: row for row in steps}
     lines += ["", "| step | goal | tokens/s | memory |", "| --- | --- | ---: | ---: |"]
     for case in STEPS:
@@ -179,20 +212,41 @@ def table(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
 
 
 WAYS_OF: dict[str, frozenset[str]] = {
-    "K0 decode": frozenset({"ours", "reference", "eager"}),
+    "K0 decode": frozenset({OURS, REFERENCE, EAGER}),
     "K1 experts, forward": frozenset(WAYS),
-    "K2 experts, backward": frozenset(WAYS) - {"triton_kernels"},
-    "K3 norms": frozenset({"ours", "reference", "dequantise + grouped_mm"}),
-    "K3 weight gradient": frozenset({"ours", "reference", "dequantise + grouped_mm"}),
-    "K4 link": frozenset({"ours"}),
-}
+    "K2 experts, backward": frozenset(WAYS) - {THEIRS},
+    "K3 norms": frozenset({OURS, REFERENCE, GROUPED}),
+    "K3 weight gradient": frozenset({OURS, REFERENCE, GROUPED}),
+    "K5 log-sparse, forward": frozenset({OURS, REFERENCE, EAGER}),
+    "K5 log-sparse, backward": frozenset({OURS, REFERENCE, EAGER}),
+    "K4 link": frozenset({OURS}),
+} | {kernel.name: frozenset(RECORD_WAYS) for kernel in RECORD_KERNELS}
 """Which ways a kernel has; the others have ours and eager."""
 
 
+def _head(places: str, rule: str, ways: tuple[str, ...]) -> list[str]:
+    columns = [*(f"{way}, µs" for way in ways), "ours, GB/s", "ours, share of peak", "memory"]
+    return [f"{places} {' | '.join(columns)} |", rule + " ---: |" * len(columns)]
+
+
+def _cells(of: dict[str, dict[str, Any] | None], kernel: str) -> str:
+    """The times of each way, then our bandwidth, share and memory."""
+    cells = [_microseconds(row, way, kernel) for way, row in of.items()]
+    ours = of[OURS]
+    if ours is None or not ours["seconds"]:
+        return " | ".join([*cells, *[NOT_MEASURED] * 3])
+    bandwidth, memory = f"{ours['bytes_a_second'] / 1e9:,.0f}", f"{ours['peak_bytes'] / 1e9:.2f} GB"
+    return " | ".join([*cells, bandwidth, _share(ours), memory])
+
+
 def _microseconds(row: dict[str, Any] | None, way: str, kernel: str) -> str:
-    if way not in WAYS_OF.get(kernel, frozenset({"ours", "eager"})):
+    if way not in WAYS_OF.get(kernel, frozenset({OURS, EAGER})):
         return "-"
-    return NOT_MEASURED if row is None or not row["seconds"] else f"{row['seconds'] * 1e6:,.0f}"
+    if row is None:
+        return NOT_MEASURED
+    if row["seconds"]:
+        return f"{row['seconds'] * 1e6:,.0f}"
+    return next((text for text in (NOT_INSTALLED, UNSUPPORTED) if row["why"].startswith(text)), NOT_MEASURED)
 
 
 def _share(row: dict[str, Any]) -> str:
@@ -216,9 +270,11 @@ def require_cuda() -> torch.device:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked before anything is made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*(kernel.name for kernel in KERNELS), "steps", *(case.name for case in STEPS)]
+    kernels = [kernel.name for kernel in (*KERNELS, *RECORD_KERNELS)]
+    names = [*kernels, "records", "steps", *(case.name for case in STEPS)]
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(names)}")
-    parser.add_argument("--model", choices=[shape.name for shape in SHAPES], help="only this shape")
+    shapes = [shape.name for shape in (*SHAPES, MOE_16E_32K)]
+    parser.add_argument("--model", choices=shapes, help=f"only this shape; records are {MOE_16E_32K.name}'s")
     parser.add_argument("--repeats", type=int, default=20, help="turns of a kernel; a step has a quarter of them")
     parser.add_argument("--seconds", type=float, default=None, help="begin no further row after this long")
     parser.add_argument("--out", type=Path, help="a JSON file with every row, written as rows come")
@@ -284,6 +340,11 @@ def _measure(
                 if wanted(kernel.name, shape.name):
                     keep("rows", kernel_rows(kernel, shape, count, clock, Place(device=device), peak))
                     clock.clear()
+    for kernel in RECORD_KERNELS:
+        for tokens in RECORDS:
+            if wanted(kernel.name, MOE_16E_32K.name, "records"):
+                keep("rows", record_rows(kernel, MOE_16E_32K, tokens, clock, Place(device=device), peak))
+                clock.clear()
     for case in STEPS:
         if wanted(case.name, case.preset, "steps"):
             keep("steps", [step_row(case, clock, device, peak, max(1, repeats // 4))])

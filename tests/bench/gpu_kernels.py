@@ -6,17 +6,18 @@ text that says why. Shapes are those of `foedus_kernels.roofline`, smaller ones 
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gpu_triton_kernels
 import torch
-from foedus_kernels import backend, mxfp4
+from foedus_kernels import backend, log_sparse, mxfp4
 from foedus_kernels.clip import clipped_gradient_torch, segment_offsets, unit_square_norms_torch
 from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_kernels.experts import Gate, PackedExperts, experts_torch
-from foedus_kernels.log_sparse import log_sparse_torch
+from foedus_kernels.log_sparse import log_sparse_decode_torch, log_sparse_torch
 from foedus_kernels.roofline import Shape
 from foedus_kernels.sink import sink_attention_torch
 from gpu_routing import routed
@@ -25,6 +26,8 @@ from torch.nn import functional
 
 OURS, REFERENCE, GROUPED, EAGER, THEIRS = "ours", "reference", "dequantise + grouped_mm", "eager", "triton_kernels"
 WAYS = (OURS, REFERENCE, GROUPED, EAGER, THEIRS)
+STOCK = "stock full attention"
+RECORD_WAYS = (OURS, REFERENCE, STOCK)
 LONGEST_EAGER = 8192  # Eager's scores are n x n for each of 64 heads: 17 GB in float32 at this length.
 
 Job = Callable[[], object]
@@ -182,14 +185,12 @@ def experts_jobs(place: Place, shape: Shape, tokens: int, *, backward: bool) -> 
         EAGER: eager,
     }
     if not backward:
-        found[THEIRS] = _their_kernels()
+        found[THEIRS] = (
+            gpu_triton_kernels.missing()
+            or missing
+            or (lambda: gpu_triton_kernels.checked_forward(hidden, ids, weights, packed, ours(backend.DEQUANTISED)))
+        )
     return found
-
-
-def _their_kernels() -> str:
-    if importlib.util.find_spec("triton_kernels") is None:
-        return "triton_kernels is not installed"
-    return "this bench has no call for the installed triton_kernels, whose interface changes between versions"
 
 
 def unit_jobs(place: Place, shape: Shape, tokens: int, *, norms: bool) -> Jobs:
@@ -254,7 +255,7 @@ def attention_jobs(place: Place, shape: Shape, tokens: int, *, kind: str) -> Job
         return lambda: torch.autograd.grad(forward(), inputs, upstream)
 
     if kind.startswith("log-sparse"):
-        found: Jobs = {OURS: lambda: job(lambda: log_sparse_torch(*inputs, scale=scale))}
+        found = _log_sparse_jobs(place, lambda: job(lambda: log_sparse_torch(*inputs, scale=scale)))
     else:
         found = {OURS: lambda: job(lambda: sink_attention_torch(*inputs, scale=scale, window=window))}
     if tokens > LONGEST_EAGER:
@@ -262,6 +263,59 @@ def attention_jobs(place: Place, shape: Shape, tokens: int, *, kind: str) -> Job
     else:
         found[EAGER] = lambda: job(eager)
     return found
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Inside, log-sparse attention is computed by its reference, wherever its tensors lie."""
+    kept = log_sparse._device_code
+    log_sparse._device_code = lambda q, block: None
+    try:
+        yield
+    finally:
+        log_sparse._device_code = kept
+
+
+def _log_sparse_jobs(place: Place, make: Callable[[], Job]) -> Jobs:
+    """One job twice: by device code, and by the reference."""
+
+    def reference() -> Job:
+        with by_reference():
+            job = make()
+
+        def run() -> object:
+            with by_reference():
+                return job()
+
+        return run
+
+    return {OURS: fused_or_why(place) or make, REFERENCE: reference}
+
+
+def record_jobs(place: Place, shape: Shape, tokens: int, *, kind: str) -> Jobs:
+    """K5 over one long record: `kind` is ``forward``, ``forward and backward`` or ``decode`` (one more token).
+
+    Beside it the library's own kernel over every earlier key: no sinks, which it does not know, and n^2 products.
+    """
+    generator, scale = place.generator(), shape.width**-0.5
+    decode, trained = kind == "decode", kind == "forward and backward"
+    q = place.normal(1, shape.heads, 1 if decode else tokens, shape.width, generator=generator)
+    k, v = (place.normal(1, shape.kv_heads, tokens, shape.width, generator=generator) for _ in range(2))
+    sinks = place.normal(shape.heads, generator=generator)
+    upstream = place.normal(*q.shape, generator=generator)
+    inputs = tuple(one.requires_grad_(trained) for one in (q, k, v, sinks))
+    ours = log_sparse_decode_torch if decode else log_sparse_torch
+
+    def stock() -> torch.Tensor:
+        # The causal mask would begin at the first key; the newest token sees them all.
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=not decode, scale=scale, enable_gqa=True)
+
+    def job(forward: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Job:
+        return (lambda: torch.autograd.grad(forward(), leaves, upstream)) if trained else forward
+
+    return _log_sparse_jobs(place, lambda: job(lambda: ours(*inputs, scale=scale), *inputs)) | {
+        STOCK: lambda: job(stock, q, k, v)
+    }
 
 
 def cross_entropy_jobs(place: Place, shape: Shape, tokens: int) -> Jobs:
@@ -301,8 +355,11 @@ JOBS: dict[str, Callable[[Place, Shape, int], Jobs]] = {
     "sinks, sliding layer": lambda *case: attention_jobs(*case, kind="sliding"),
     "cross-entropy": cross_entropy_jobs,
     "K4 link": link_jobs,
+    "K5 record, forward": lambda *case: record_jobs(*case, kind="forward"),
+    "K5 record, forward and backward": lambda *case: record_jobs(*case, kind="forward and backward"),
+    "K5 record, decode": lambda *case: record_jobs(*case, kind="decode"),
 }
-"""By the names of `foedus_kernels.roofline.KERNELS`."""
+"""By the names of `foedus_kernels.roofline.KERNELS` and `RECORD_KERNELS`."""
 
 
 def small(shape: Shape) -> Shape:

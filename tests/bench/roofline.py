@@ -1,6 +1,6 @@
 """The kernels' roofline: bytes, FLOPs and floors of every kernel as the tables of docs/model.md, and as a picture.
 
-    PYTHONPATH=kernels python tests/bench/roofline.py                          # the two tables
+    PYTHONPATH=kernels python tests/bench/roofline.py                          # the three tables
     PYTHONPATH=kernels python tests/bench/roofline.py --format json
     PYTHONPATH=kernels python tests/bench/roofline.py --plot docs/roofline.svg [--measured rows.json]
 
@@ -16,15 +16,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foedus_kernels.roofline import CARDS, KERNELS, ROWS, SHAPES, Card, Kernel, Shape, Work
+from foedus_kernels.roofline import (
+    CARDS,
+    KERNELS,
+    MOE_16E_32K,
+    RECORD_KERNELS,
+    RECORDS,
+    ROWS,
+    SHAPES,
+    Card,
+    Kernel,
+    Shape,
+    Work,
+)
 
 NOT_MEASURED = "not measured"
 _LETTERS = {"bytes": "b", "FLOPs": "f", "link": "l"}
+_MARKERS = "osD^v<>pPX*hd"  # Of the kernels but the link, which has no FLOPs.
 
 
-def cells(kernel: Kernel) -> list[tuple[Shape, int, Work]]:
-    """Every (shape, rows an expert) of a kernel with its work."""
-    return [(shape, rows, kernel.work(shape, shape.tokens(rows))) for shape in SHAPES for rows in ROWS]
+def cells(kernel: Kernel) -> list[tuple[Shape, int | None, int, Work]]:
+    """Every (shape, rows an expert, tokens) of a kernel with its work; a record's kernels have no rows an expert."""
+    if kernel in RECORD_KERNELS:
+        return [(MOE_16E_32K, None, tokens, kernel.work(MOE_16E_32K, tokens)) for tokens in RECORDS]
+    places = [(shape, rows, shape.tokens(rows)) for shape in SHAPES for rows in ROWS]
+    return [(shape, rows, tokens, kernel.work(shape, tokens)) for shape, rows, tokens in places]
 
 
 def rows() -> list[dict[str, Any]]:
@@ -34,29 +50,36 @@ def rows() -> list[dict[str, Any]]:
             "kernel": kernel.name,
             "model": shape.name,
             "rows_an_expert": count,
-            "tokens": shape.tokens(count),
+            "tokens": tokens,
             "bytes": work.bytes,
             "flops": work.flops,
             "link_bytes": work.link_bytes,
             "bound": {card.name: work.bound(card) for card in CARDS},
             "floor_us": {card.name: round(work.seconds(card) * 1e6, 1) for card in CARDS},
         }
-        for kernel in KERNELS
-        for shape, count, work in cells(kernel)
+        for kernel in (*KERNELS, *RECORD_KERNELS)
+        for shape, count, tokens, work in cells(kernel)
     ]
 
 
 def tables() -> str:
-    """The two tables of docs/model.md."""
+    """The three tables of docs/model.md."""
     names = [f"{shape.name.removeprefix('gpt-oss-')}, {count}" for shape in SHAPES for count in ROWS]
     head = "| | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names)
     work = [f"| MB and GFLOP{head[1:]}"]
     floors = [f"| floor in µs, {' / '.join(card.name for card in CARDS)}{head[1:]}"]
     for kernel in KERNELS:
-        found = [one for _, _, one in cells(kernel)]
+        found = [one for *_, one in cells(kernel)]
         work.append(f"| {kernel.name} | " + " | ".join(map(_work, found)) + " |")
         floors.append(f"| {kernel.name} | " + " | ".join(map(_floors, found)) + " |")
-    return "\n".join(work) + "\n\n" + "\n".join(floors) + "\n"
+    records = [
+        "| MB and GFLOP; floor in µs | " + " | ".join(f"{tokens:,} tokens" for tokens in RECORDS) + " |",
+        "| --- |" + " ---: |" * len(RECORDS),
+    ]
+    for kernel in RECORD_KERNELS:
+        found = [f"{_work(one)}; {_floors(one)}" for *_, one in cells(kernel)]
+        records.append(f"| {kernel.name} | " + " | ".join(found) + " |")
+    return "\n\n".join("\n".join(lines) for lines in (work, floors, records)) + "\n"
 
 
 def _work(work: Work) -> str:
@@ -92,23 +115,26 @@ def draw(path: Path, measured: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     for card, colour in zip(CARDS, ("tab:orange", "tab:blue"), strict=True):
         _draw_roof(axes, card, colour)
-    markers = "osD^v<>pPX*"
     drawn = 0
-    for kernel, marker in zip((one for one in KERNELS if not one.name.startswith("K4")), markers, strict=False):
-        for shape, count, work in cells(kernel):
-            label = kernel.name if (shape, count) == (SHAPES[0], ROWS[0]) else None
+    shown = [one for one in (*KERNELS, *RECORD_KERNELS) if not one.name.startswith("K4")]
+    for kernel, marker in zip(shown, _MARKERS, strict=True):
+        for place, (shape, count, tokens, work) in enumerate(cells(kernel)):
+            label = kernel.name if place == 0 else None
             floor = work.flops / work.seconds(CARDS[-1]) / 1e12
             axes.plot(
                 work.intensity, floor, marker, color="black", fillstyle="none", markersize=5, alpha=0.6, label=label
             )
             for row in measured:
                 same = (row["kernel"], row["model"], row["rows_an_expert"]) == (kernel.name, shape.name, count)
-                if same and row["way"] == "ours" and row["seconds"]:
+                if same and (count is not None or row["tokens"] == tokens) and row["way"] == "ours" and row["seconds"]:
                     drawn += 1
                     axes.plot(work.intensity, work.flops / row["seconds"] / 1e12, marker, color="tab:red")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
     said = f"{drawn} measured points, red" if drawn else f"points: {NOT_MEASURED}"
-    axes.set_title(f"Floors at 16 and 256 rows an expert, 20b and 120b (hollow: floor on an {CARDS[-1].name}; {said})")
+    axes.set_title(
+        f"Floors at 16 and 256 rows an expert, 20b and 120b; records of {RECORDS[0]:,} to {RECORDS[-1]:,} tokens\n"
+        f"(hollow: floor on an {CARDS[-1].name}; {said})"
+    )
     axes.title.set_fontsize(9)
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(fontsize=7, loc="lower right")

@@ -16,12 +16,18 @@ from foedus_kernels.roofline import (
     H100,
     H200,
     KERNELS,
+    MOE_16E_32K,
+    RECORD_KERNELS,
+    RECORDS,
     Card,
     Launch,
     Work,
     decode,
     experts_forward,
     layer_copy,
+    log_sparse_backward,
+    log_sparse_both,
+    log_sparse_decode,
     log_sparse_forward,
     sink_attention,
 )
@@ -51,7 +57,7 @@ def test_the_command_prints_the_tables_and_one_json_object(roofline: Any) -> Non
 
     assert run() == roofline.tables()
     said = json.loads(run("--format", "json"))
-    assert len(said["roofline"]) == len(KERNELS) * 4
+    assert len(said["roofline"]) == len(KERNELS) * 4 + len(RECORD_KERNELS) * len(RECORDS)
     assert {card["name"] for card in said["cards"]} == {"H100", "H200"}
 
 
@@ -89,6 +95,24 @@ def test_attention_counts_the_pairs_that_there_are() -> None:
     assert log_sparse_forward(GPT_OSS_20B, 4096).flops == 4 * 442 * 64 * 64 * heads * width
 
 
+def test_a_record_counts_its_tiles_and_what_its_newest_token_reads() -> None:
+    heads, kv_heads, width = 64, 8, 64
+    assert RECORDS == (4096, 16384, 32768)
+    for tokens, tiles in zip(RECORDS, (442, 2296, 5111), strict=True):
+        both = log_sparse_both(MOE_16E_32K, tokens)
+        assert both.flops == (4 + 10) * tiles * 64 * 64 * heads * width
+        apart = [work(MOE_16E_32K, tokens) for work in (log_sparse_forward, log_sparse_backward)]
+        assert both.bytes == sum(work.bytes for work in apart)
+        assert both.seconds(H200) == pytest.approx(sum(work.seconds(H200) for work in apart))
+    # Block 511 reads the first, {507, 503, 495, 479, 447, 383, 255} and {509, 510, 511}.
+    keys = 11 * 64
+    newest = log_sparse_decode(MOE_16E_32K, 32768)
+    assert newest.flops == 4 * keys * heads * width
+    assert newest.bytes == 2 * (heads * width + keys * kv_heads * width) * 2
+    # One token more begins block 512, of which there is one key; {508, 504, 496, 480, 448, 384, 256, 0}, {510, 511}.
+    assert log_sparse_decode(MOE_16E_32K, 32769).flops == 4 * (10 * 64 + 1) * heads * width
+
+
 def test_the_picture_says_what_was_measured(roofline: Any, tmp_path: Path) -> None:
     roofline.draw(tmp_path / "floors.svg", [])
     assert "points: not measured" in (tmp_path / "floors.svg").read_text(encoding="utf-8")
@@ -96,3 +120,7 @@ def test_the_picture_says_what_was_measured(roofline: Any, tmp_path: Path) -> No
     row["seconds"] = 2e-4
     roofline.draw(tmp_path / "measured.svg", [row, row | {"kernel": "no such"}])
     assert "1 measured points" in (tmp_path / "measured.svg").read_text(encoding="utf-8")
+    record = {"kernel": "K5 record, decode", "model": "moe-16e-32k", "rows_an_expert": None, "way": "ours"}
+    record |= {"seconds": 2e-6, "tokens": 16384}
+    roofline.draw(tmp_path / "records.svg", [row, record, record | {"tokens": 17}])
+    assert "2 measured points" in (tmp_path / "records.svg").read_text(encoding="utf-8")
