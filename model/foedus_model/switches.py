@@ -22,15 +22,21 @@ def default_device() -> torch.device:
     """A GPU where there is one, unless FOEDUS_DEVICE says otherwise.
 
     Raises:
-        ConfigError: No device of torch's.
+        ConfigError: No device of torch's, or a CUDA device that is not here.
     """
     named = os.environ.get("FOEDUS_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(named)
+        device = torch.device(named)
     except RuntimeError as error:
         raise ConfigError(
             f"expected FOEDUS_DEVICE=cpu, cuda or cuda:1, got {named!r}: correct the environment"
         ) from error
+    here = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= here:
+        raise ConfigError(
+            f"expected the CUDA device of FOEDUS_DEVICE={named}, got {here} CUDA devices here: correct the environment"
+        )
+    return device
 
 
 def threads() -> int | None:

@@ -26,6 +26,7 @@ def test_without_a_variable_each_has_its_default(monkeypatch: pytest.MonkeyPatch
     ("read", "name", "value", "text"),
     [
         (shared.default_device, "DEVICE", "gpu", "expected FOEDUS_DEVICE=cpu, cuda or cuda:1, got 'gpu'"),
+        (shared.default_device, "DEVICE", "cuda:77", "expected the CUDA device of FOEDUS_DEVICE=cuda:77, got"),
         (shared.set_threads, "THREADS", "many", "expected FOEDUS_THREADS from 1 to 1024, got 'many'"),
         (shared.set_threads, "THREADS", "0", "expected FOEDUS_THREADS from 1 to 1024, got '0'"),
         (shared.set_threads, "THREADS", "9" * 5000, "expected FOEDUS_THREADS from 1 to 1024, got '999"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from foedus_client.datasets.units import is_held_out, key_hash
 from foedus_client.session import Session
 from foedus_client.work import Setup, TrainTask
@@ -17,11 +19,12 @@ from foedus_local import compare as module
 from foedus_local.compare import compare
 from foedus_local.plan import Plan, plan_data
 from foedus_local.report import show_comparison
+from foedus_model.attention import NAME
 from foedus_model.presets import TINY
 from foedus_protocols import accounting
 from foedus_protocols.charter import Charter, delta_for_accountant
 from foedus_protocols.charter_draft import draft
-from foedus_protocols.errors import CheckpointError
+from foedus_protocols.errors import CheckpointError, ConfigError
 from foedus_protocols.identity import generate_signing_key, public_hex
 from foedus_protocols.layout import vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
@@ -103,9 +106,11 @@ class _Noting(Session):
     """Trains nothing, and notes what it was to train with."""
 
     asked: list[tuple[Any, Setup, TrainTask]] = []  # noqa: RUF012 - emptied by the test
+    models: list[tuple[Any, Any]] = []  # noqa: RUF012 - model and streamer
 
     def train(self, task: TrainTask) -> Any:
         self.asked.append((self._data, self._setup, task))
+        self.models.append((self._adapter.model, self._streaming))
         np.zeros(self._adapter.vector().size, "<f4").tofile(task.output)
 
 
@@ -130,6 +135,55 @@ def test_private_arms_keep_the_charters_promise(
     shown = io.StringIO()
     show_comparison(result, Console(file=shown, width=250))
     assert "to release one costs its epsilon again" in shown.getvalue()
+
+
+def test_the_comparison_trains_and_measures_as_the_environment_says(
+    data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    charter = _charter(plan)
+    monkeypatch.setattr(module, "Session", _Noting)
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    wanted = {"ATTENTION": "fused", "CHECKPOINTING": "on", "EXPERTS": "dequantised", "THREADS": "2", "DEVICE": "cpu"}
+    for name, value in wanted.items():
+        monkeypatch.setenv(f"FOEDUS_{name}", value)
+    _Noting.models.clear()
+    _compare(plan, charter, tmp_path)
+    (model, streaming), *_ = _Noting.models
+    assert (model.config._attn_implementation, streaming, asked) == (NAME, None, [2])
+    assert all(hasattr(layer, "_foedus_recomputed") for layer in model.model.layers)
+    monkeypatch.setenv("FOEDUS_EXPERTS", "fused")
+    with pytest.raises(ConfigError, match="experts: expected what the fused path needs"):
+        _compare(plan, charter, tmp_path)
+
+
+def test_a_streamed_comparison_has_the_same_figures_and_leaves_no_copy_running(
+    data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    charter = _charter(plan)
+    want = _compare(plan, charter, tmp_path)
+    monkeypatch.setenv("FOEDUS_STREAMING", "3")
+    monkeypatch.setattr(module, "Session", _Streaming)
+    _Streaming.copying.clear()
+    assert _compare(plan, charter, tmp_path) == want
+    assert _Streaming.copying == [True] * 3  # Two organisations and the pool.
+    assert not _copying()
+
+
+class _Streaming(Session):
+    """Notes after each step whether a copy engine runs."""
+
+    copying: list[bool] = []  # noqa: RUF012 - emptied by the test
+
+    def train(self, task: TrainTask) -> Any:
+        super().train(task)
+        self.copying.append(bool(_copying()))
+
+
+def _copying() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expert-copies")]
 
 
 def test_what_one_holds_out_and_another_trains_on_is_left_out(

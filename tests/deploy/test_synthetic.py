@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from foedus_local import synthetic
 from foedus_local.cli import app
 from foedus_model.checkpoint import open_checkpoint
@@ -76,6 +77,7 @@ def test_too_little_memory_is_refused_before_anything_is_written(
 
 def test_on_a_gpu_its_memory_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_terms: Any) -> None:
     monkeypatch.setenv("FOEDUS_DEVICE", "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(synthetic, "device_free", lambda device: GB)
     with pytest.raises(CheckpointError, match=r"on cuda:0 for 3 .*got 1\.0 GB"):
         synthetic.require("tiny", terms(make_terms), tmp_path, organisations=3)

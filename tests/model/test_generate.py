@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,19 +16,22 @@ import pytest
 import torch
 from foedus_model import cli, generate
 from foedus_model.adapter import attach
+from foedus_model.attention import NAME
 from foedus_model.build import load_base
 from foedus_model.chat import FINAL, Prompt, plain_prompt, short_prompt
 from foedus_model.checkpoint import open_checkpoint
 from foedus_model.decode import Request, complete
+from foedus_model.loss import device_of
 from foedus_model.sampling import Sampling
-from foedus_protocols.errors import CheckpointError, FoedusError, UsageError
+from foedus_model.streaming import stream_experts
+from foedus_protocols.errors import CheckpointError, ConfigError, FoedusError, UsageError
 from foedus_protocols.layout import adapter_layout, attention_layout, vector_digest
 from foedus_protocols.peft_folder import file_digests, write_peft
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from .conftest import BYTES
+from .conftest import BYTES, random_state, small_config
 
 
 @pytest.fixture
@@ -281,3 +287,92 @@ def test_a_variant_of_every_kind_is_loaded_as_its_manifest_says(
         got, want, without = (one.model(input_ids=ids).logits for one in (adapted, expected, plain))
     assert torch.equal(got, want)
     assert float((got - without).abs().max()) > 0.1
+
+
+def _logits(generator: generate.Generator, prompt: str = "a prompt far beyond the window") -> torch.Tensor:
+    with torch.inference_mode():
+        return generator.model(input_ids=torch.tensor([_ids(generator.tokenizer, prompt)])).logits
+
+
+def test_a_generator_runs_as_the_environment_says(
+    base: Path, plain: generate.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for name, value in {"ATTENTION": "fused", "EXPERTS": "dequantised", "THREADS": "3", "DEVICE": "cpu"}.items():
+        monkeypatch.setenv(f"FOEDUS_{name}", value)
+    with caplog.at_level("INFO"):
+        switched = generate.load_as_switched(base)
+    assert "experts: dequantised, since it was asked for" in caplog.text
+    assert (switched.model.config._attn_implementation, plain.model.config._attn_implementation) == (NAME, "eager")
+    assert (asked, switched.streaming) == ([3], None)
+    got, want = _logits(switched), _logits(plain)
+    assert 0.0 < float((got - want).abs().max()) < 1e-2, "another function ran, to the same result"
+    switched.close()
+
+
+def test_the_fused_path_of_experts_is_refused_where_it_cannot_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOEDUS_DEVICE", "cpu")
+    monkeypatch.setenv("FOEDUS_EXPERTS", "fused")
+    with pytest.raises(ConfigError, match="experts: expected what the fused path needs, got the device cpu"):
+        generate.load_as_switched(base)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["experts", "whole layers"])
+def test_generation_and_losses_stream_to_the_same_bits(
+    base: Path, write_variant: Callable[..., Path], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a cache, several prompts at a time, with a variant; whole layers, as on a GPU, by the CPU's engine too."""
+    variant = write_variant()
+    resident = generate.load_generator(base, variant)
+    monkeypatch.setattr(generate, "stream_experts", partial(stream_experts, whole=whole))
+    monkeypatch.setenv("FOEDUS_DEVICE", "cpu")
+    monkeypatch.setenv("FOEDUS_STREAMING", "4")
+    streamed = generate.load_as_switched(base, variant)
+    assert streamed.streaming is not None
+    assert not _copying()
+    assert torch.equal(_logits(streamed), _logits(resident))
+    sampling = Sampling(max_new_tokens=6)
+    texts = ["a", "a prompt far beyond the window", "seven.."]
+    requests = [Request(prompt=plain_prompt(resident.tokenizer, text), sampling=sampling) for text in texts]
+    got, want = (complete(one.model, one.tokenizer, requests) for one in (streamed, resident))
+    assert [one.ids for one in got] == [one.ids for one in want]
+    assert _copying()
+    streamed.close()
+    streamed.close()
+    assert not _copying()
+
+
+def _copying() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("expert-copies")]
+
+
+@pytest.mark.parametrize("kind", ["dense base", "a pair for each expert"])
+def test_what_cannot_stream_is_refused_not_ignored(
+    kind: str, base: Path, write_base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOEDUS_DEVICE", "cpu")
+    monkeypatch.setenv("FOEDUS_STREAMING", "1")
+    if kind == "dense base":
+        config = {key: value for key, value in small_config().items() if key != "quantization_config"}
+        tensors = {name: tensor for name, tensor in random_state(config).items() if name != "lm_head.weight"}
+        dense = write_base("dense", config=config, tensors=tensors)
+        with pytest.raises(ConfigError, match="expected a base with quantised experts to stream, got dense ones"):
+            generate.load_as_switched(dense)
+        return
+    terms: dict[str, Any] = {"targets": "experts", "layers": [1], "train": "b"}
+    checkpoint = open_checkpoint(base)
+    layout = adapter_layout(checkpoint.config, rank=4, **terms)
+    vector = np.zeros(layout.length, np.float32)
+    write_peft(tmp_path / "pairs", layout=layout, vector=vector, seed="s", rank=4, alpha=8, base_name="small")
+    manifest = {"base": checkpoint.digest, "adapter": vector_digest(vector), "private": True, "adapter_terms": terms}
+    (tmp_path / "pairs" / "manifest.json").write_text(json.dumps({"manifest": manifest, "signature": ""}))
+    with pytest.raises(ConfigError, match="expected an adapter on attention or experts-shared to stream"):
+        generate.load_as_switched(base, tmp_path / "pairs")
+
+
+def test_tokens_go_where_the_head_is(plain: generate.Generator) -> None:
+    """Embeddings that wait on the host say nothing of where a model computes."""
+    elsewhere = SimpleNamespace(device="cpu", lm_head=SimpleNamespace(weight=torch.empty(1, device="meta")))
+    assert device_of(elsewhere).type == "meta"
+    assert device_of(plain.model).type == "cpu"
