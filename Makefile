@@ -26,7 +26,7 @@ demo: setup      ## run the main job: three organisations train one adapter priv
 	$(BIN)/foedus demo $(DEMO_FLAGS)
 
 test: setup      ## unit and end-to-end tests on a CPU, then the list of what was skipped and why
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup --durations=20
 
 e2e: setup       ## only the tests that start real processes
 	$(BIN)/pytest -m e2e

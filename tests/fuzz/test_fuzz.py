@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from foedus_protocols.errors import FoedusError, VerificationError
-from fuzz import documents, files, mutate, ports
-from fuzz.targets import KEPT, NAMES
+from fuzz import mutate
+from fuzz.targets import GROUPS, KEPT, NAMES, Group
 from fuzz.watch import MARKER, Target, inputs, judge
 
 pytestmark = pytest.mark.xdist_group("fuzz")
@@ -19,25 +19,33 @@ _INPUTS = 50
 _SEED = 20
 
 
+class Parsers:
+    """All parsers, each group made when its first is asked for: what reads documents runs before ports are open."""
+
+    def __init__(self, scratch: Path, stack: ExitStack) -> None:
+        self._scratch, self._stack = scratch, stack
+        self._made: dict[Group, dict[str, Target]] = {}
+
+    def __getitem__(self, name: str) -> Target:
+        return self.of(next(group for names, group in GROUPS.items() if name in names))[name]
+
+    def of(self, group: Group) -> dict[str, Target]:
+        """A group's parsers by name."""
+        if group not in self._made:
+            scratch = self._scratch / group.__module__.rpartition(".")[2]
+            self._made[group] = {target.name: target for target in group(scratch, self._stack)}
+        return self._made[group]
+
+
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
-    """All parsers, ready."""
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parsers]:
+    """All parsers; what they opened is closed at the end."""
     with ExitStack() as stack:
-        made: dict[str, Target] = {}
-        for group in (documents, files, ports):
-            scratch = tmp_path_factory.mktemp(group.__name__.rpartition(".")[2])
-            made |= {target.name: target for target in group.targets(scratch, stack)}
-        yield made
-
-
-def test_every_parser_is_listed(targets: dict[str, Target]) -> None:
-    assert tuple(targets) == NAMES
+        yield Parsers(tmp_path_factory.mktemp("fuzz"), stack)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_valid_input_passes_and_a_wrong_one_is_refused_by_an_error_of_ours(
-    targets: dict[str, Target], name: str
-) -> None:
+def test_a_valid_input_passes_and_a_wrong_one_is_refused_by_an_error_of_ours(targets: Parsers, name: str) -> None:
     target = targets[name]
     passed = [_passes(target, seed) for seed in target.seeds]
     assert any(passed), "no seed reaches beyond a refusal"
@@ -46,8 +54,13 @@ def test_a_valid_input_passes_and_a_wrong_one_is_refused_by_an_error_of_ours(
 
 
 @pytest.mark.parametrize("path", sorted(KEPT.glob("*/*")), ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_what_once_did_harm_is_refused(targets: dict[str, Target], path: Path) -> None:
+def test_what_once_did_harm_is_refused(targets: Parsers, path: Path) -> None:
     assert judge(targets[path.parent.name], path.read_bytes()) is None
+
+
+def test_every_parser_is_listed(targets: Parsers) -> None:
+    for names, group in GROUPS.items():
+        assert tuple(targets.of(group)) == names
 
 
 def _passes(target: Target, data: bytes) -> bool:
