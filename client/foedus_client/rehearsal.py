@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +83,7 @@ def rehearse(
     Raises:
         DataError: The proxy holds too few units to train on some and measure on others.
     """
-    with scratch(folder) as place:
-        session = Session.load(setup, work=place)
+    with scratch(folder) as place, closing(Session.load(setup, work=place)) as session:
         found = session.describe()
         if not found.train_units or not found.heldout_units:
             raise DataError(

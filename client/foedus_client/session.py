@@ -86,7 +86,7 @@ class Session:
         return cls(setup, adapter, data, work=work, streaming=streaming)
 
     def close(self) -> None:
-        """End what copies experts beside the computation. Nothing else is open."""
+        """End what copies experts beside the computation, and unpin; any number of times. Nothing else is open."""
         if self._streaming is not None:
             self._streaming.close()
 

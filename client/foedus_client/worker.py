@@ -12,14 +12,18 @@ the class crosses, and the log gets the stack without its message: a library's t
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -67,9 +71,7 @@ class Worker:
     def _dispatch(self, request: Request) -> bytes:
         data = request.body.encode()
         if request.kind == "setup":
-            if self._session is not None:
-                self._session.close()
-            self._session = self._app = None  # The old base goes before the new one comes.
+            self.close()  # The old base goes before the new one comes.
             session = Session.load(Setup.decode(data), work=self._work)
             self._session, self._app = session, build_app(session)
             return session.describe().encode()
@@ -80,6 +82,15 @@ class Worker:
         if request.kind == "train":
             return run_app(self._app, "train", TrainTask.decode(data))
         return run_app(self._app, "evaluate", EvaluateTask.decode(data))
+
+    def close(self) -> None:
+        """Let go of the session and end what copies experts beside it; any number of times."""
+        session, self._session, self._app = self._session, None, None
+        if session is None:
+            return
+        session.close()
+        del session
+        gc.collect()  # A model refers to itself: its memory and its mapped files would stay until a collection.
 
 
 def run_app(app: ClientApp, message_type: str, task: Task) -> bytes:
@@ -114,12 +125,22 @@ def serve(connection: Connection, answer: Callable[[bytes], bytes]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve on a socket's descriptor, for as long as the process that is named beside it lives."""
+    """Serve on a socket's descriptor, for as long as the process that is named beside it lives.
+
+    It ends in order, with what copies beside it, when the other end closes and on SIGTERM, in the middle of a step too.
+    """
     setup()
+    signal.signal(signal.SIGTERM, _leave)
     leave_with(int(arguments[1]))
-    with alone(Path.cwd()):
-        serve(Connection(int(arguments[0])), Worker(Path.cwd()).answer)
+    with alone(Path.cwd()), closing(Worker(Path.cwd())) as worker:
+        serve(Connection(int(arguments[0])), worker.answer)
     return 0
+
+
+def _leave(*_: object) -> NoReturn:
+    """End in order, once: a second SIGTERM must not interrupt the closing. The daemon kills what does not end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def _session(message: Message) -> Session:
         _sessions[key] = Session.load(Setup.decode(key[0]), work=Path(key[1]))
     _sessions.move_to_end(key)
     while len(_sessions) > _SESSIONS:
-        _sessions.popitem(last=False)
+        _, oldest = _sessions.popitem(last=False)
+        oldest.close()
     return _sessions[key]
 
 

@@ -283,12 +283,12 @@ class Ring:
             self.free(slot)
 
     def close(self) -> None:
-        """End the copies. A later use starts anew."""
+        """End the copies, any number of times. A later use starts anew."""
         self._held.clear()
         self._rows = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def _alone(self, layer: int) -> dict[int, int]:
         """Make room and fetch a whole layer: for a forward that no plan runs."""

@@ -177,6 +177,9 @@ def test_experts_stream_where_the_organisation_says_so_and_no_bit_changes(
         assert other.check(setup, checking, _nothing).figures["move_over_clip"] <= 1.001
         assert other.train(setup, _train(folder, PRIVATE), _nothing).figures["dropped_units"] == 0
         assert other.evaluate(setup, scoring, _nothing) == scored
+        child = other._process
+    assert child is not None
+    assert child.returncode == 0, "it ended in order on SIGTERM, after its copies"
     assert (
         "experts stream to cpu: 4 layers, 417.8 kB each, through a ring of 835.6 kB; up to 3 units" in log.read_text()
     )

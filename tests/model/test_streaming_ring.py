@@ -7,6 +7,7 @@ which says nothing about what a GPU does with them.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -206,6 +207,21 @@ def test_the_cuda_engine_orders_copies_and_readers_by_events(recorder: Recorder)
     if not pinned:
         buffers = [call for call in recorder.calls if call[0] == "host"]
         assert len(buffers) == 3, "20 bytes in pieces of 7: each waits for what its buffer held"
+
+
+@pytest.mark.parametrize("recorder", [True, False], indirect=True, ids=["pinned in place", "through buffers"])
+def test_a_closed_ring_has_unpinned_its_pages_once_and_dropped_its_buffers(recorder: Recorder) -> None:
+    engine = CudaEngine(GPU, [torch.zeros(3 * 4096, dtype=torch.uint8)])
+    buffers = [weakref.ref(buffer) for buffer, _ in engine._bounce]
+    pinned = list(engine._pinned)
+    ring = Ring(layers(), per_chunk=2, slots=4, device=torch.device("cpu"))
+    ring._engine = engine
+    del engine
+    for _ in range(2):
+        ring.close()
+    assert [call[1] for call in recorder.calls if call[0] == "unregister"] == pinned
+    assert len(buffers) == (0 if pinned else 2)
+    assert not [one for one in buffers if one() is not None]
 
 
 @pytest.mark.parametrize("recorder", [False], indirect=True)
