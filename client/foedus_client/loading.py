@@ -17,7 +17,7 @@ from foedus_model.build import load_base
 from foedus_model.experts import choose_path
 from foedus_model.recompute import recompute_layers
 from foedus_model.streaming import Streamer, stream_experts
-from foedus_model.switches import default_device, experts_path, fused_attention, set_threads, threads
+from foedus_model.switches import compute_type, default_device, experts_path, fused_attention, set_threads, threads
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import read_config
@@ -33,6 +33,7 @@ class Switches:
     """What the environment says of training; by the names of its readers."""
 
     device: torch.device
+    dtype: torch.dtype
     threads: int | None
     fused: bool
     experts: str | None
@@ -47,8 +48,10 @@ class Switches:
         Raises:
             ConfigError: A value that cannot be, or two that exclude each other.
         """
+        device = default_device()
         return cls(
-            device=default_device(),
+            device=device,
+            dtype=compute_type(device),
             threads=threads(),
             fused=fused_attention(),
             experts=experts_path(),
@@ -76,7 +79,7 @@ def load_adapted(setup: Setup) -> tuple[AttachedAdapter, Streamer | None]:
             f"expected the adapter layout {setup.layout_digest[:12]}, this base gives {layout.digest[:12]}"
         )
     stream = switches.units_streamed is not None
-    model = load_base(base, expect_digest=setup.base_digest, device=device, stream=stream)
+    model = load_base(base, expect_digest=setup.base_digest, device=device, dtype=switches.dtype, stream=stream)
     adapter = attach(model, layout, seed=setup.adapter_seed, alpha=setup.alpha, rank=setup.rank)
     rows = setup.max_tokens * max(setup.max_records_per_unit, switches.units_a_forward)
     choose_path(model, rows=rows, device=device, wanted=switches.experts)

@@ -24,7 +24,7 @@ from foedus_model.build import specs_of
 from foedus_model.fit import DRIVER, fit
 from foedus_model.memory import device_free, host_free
 from foedus_model.parts import in_units
-from foedus_model.switches import default_device, fused_attention
+from foedus_model.switches import compute_type, default_device, fused_attention
 from foedus_model.synthesise import shaped, synthesise
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.files import DiskFull
@@ -46,20 +46,23 @@ class Requirements:
     memory: int
 
 
-def requirements(described: Mapping[str, Any], terms: Terms, *, organisations: int, on_gpu: bool) -> Requirements:
+def requirements(
+    described: Mapping[str, Any], terms: Terms, *, organisations: int, device: torch.device
+) -> Requirements:
     """What a demo takes with a base of this configuration, under the settings of the environment.
 
     Args:
         described: The ``config.json``.
         terms: Of the charter.
         organisations: How many processes hold a base.
-        on_gpu: Where they do.
+        device: Where they do.
     """
+    on_gpu = device.type != "cpu"
     # A unit's records are one batch; as one record of all their tokens they are counted on the safe side.
     found = fit(
         described,
         tokens=min(terms.max_tokens * terms.max_records_per_unit, int(described["max_position_embeddings"])),
-        dtype=torch.float32,
+        dtype=compute_type(device),
         targets=terms.adapter,
         driver=DRIVER if on_gpu else 0,
     )
@@ -87,8 +90,7 @@ def require(preset: str, terms: Terms, folder: Path, *, organisations: int) -> d
     """
     described = shaped(preset)
     device = default_device()
-    on_gpu = device.type != "cpu"
-    needed = requirements(described, terms, organisations=organisations, on_gpu=on_gpu)
+    needed = requirements(described, terms, organisations=organisations, device=device)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free_disk = shutil.disk_usage(place).free
     if free_disk < needed.disk:
@@ -96,7 +98,7 @@ def require(preset: str, terms: Terms, folder: Path, *, organisations: int) -> d
             f"expected {in_units(needed.disk)} free in {folder} for random weights of the shape {preset}, got "
             f"{in_units(free_disk)}: free some space, or name a folder on another disk with --folder"
         )
-    free = device_free(device) if on_gpu else host_free()
+    free = device_free(device) if device.type != "cpu" else host_free()
     if free is not None and free < needed.memory:
         raise CheckpointError(
             f"expected {in_units(needed.memory)} of free memory on {device} for {organisations} organisations with a "

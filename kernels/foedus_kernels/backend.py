@@ -39,7 +39,8 @@ PATHS = (DEQUANTISED, FUSED)
 FUSED_BELOW = 8192
 
 _CODEC = "mxfp4"
-_CAPABILITY = (8, 0)  # Products in bfloat16 and asynchronous copies to shared memory.
+CAPABILITY = (8, 0)
+"""The least of a GPU: products in bfloat16, and asynchronous copies to shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,8 @@ def missing_for_kernels(device: torch.device, *, interpreted: bool = False) -> s
     if interpreting():
         return "TRITON_INTERPRET=1 in the environment, under which nothing is compiled for a GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        return f"a GPU of compute capability {capability}, and its kernels need {_CAPABILITY}"
+    if capability < CAPABILITY:
+        return f"a GPU of compute capability {capability}, and its kernels need {CAPABILITY}"
     return _missing_to_compile()
 
 

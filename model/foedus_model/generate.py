@@ -68,9 +68,9 @@ def load_as_switched(base: Path, variant: Path | None = None) -> Generator:
         CheckpointError: As `load_generator`.
     """
     device, fused, experts = switches.default_device(), switches.fused_attention(), switches.experts_path()
-    stream = switches.units_a_pass() is not None
+    dtype, stream = switches.compute_type(device), switches.units_a_pass() is not None
     switches.set_threads()
-    return load_generator(base, variant, device=device, fused=fused, experts=experts, stream=stream)
+    return load_generator(base, variant, device=device, dtype=dtype, fused=fused, experts=experts, stream=stream)
 
 
 def load_generator(
@@ -78,6 +78,7 @@ def load_generator(
     variant: Path | None = None,
     *,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
     fused: bool = False,
     experts: str | None = None,
     stream: bool = False,
@@ -87,7 +88,8 @@ def load_generator(
     Args:
         base: A checkpoint folder.
         variant: A variant folder: a PEFT adapter with a manifest that names its base.
-        device: Where the model runs, in float32 on a CPU and bfloat16 elsewhere.
+        device: Where the model runs.
+        dtype: The compute type, float32 or bfloat16.
         fused: Attention in memory linear in the tokens (`attention.fuse_attention`).
         experts: The path of the experts, as `experts.choose_path` takes it.
         stream: Layers stream from the host; a forward brings each of them once, so every new token does.
@@ -104,7 +106,6 @@ def load_generator(
             f"the variant was trained on the base {manifest['base']}, {base} is {checkpoint.digest}; "
             "name the right one with --base"
         )
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = build(checkpoint, device=device, dtype=dtype, stream=stream)
     if variant is not None and manifest is not None:
         check_files(variant, manifest)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 
 import torch
-from foedus_kernels.backend import PATHS
+from foedus_kernels.backend import CAPABILITY, PATHS
 from foedus_protocols.errors import ConfigError
 
+_COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_THREADS = 1024
 _MOST_STREAMED = 4096
 
@@ -37,6 +38,22 @@ def default_device() -> torch.device:
             f"expected the CUDA device of FOEDUS_DEVICE={named}, got {here} CUDA devices here: correct the environment"
         )
     return device
+
+
+def compute_type(device: torch.device) -> torch.dtype:
+    """What a model computes in: FOEDUS_DTYPE, or without it bfloat16 on a GPU and float32 on a CPU.
+
+    The experts' kernels are made for bfloat16, which the released weights are in; a GPU without products in it
+    (compute capability below 8.0) takes float32. Whatever is chosen, a unit's gradient is converted to float32 before
+    it is clipped, and what is clipped is what is summed: the promise does not rest on this setting. Rounding does.
+
+    Raises:
+        ConfigError: Neither float32 nor bfloat16.
+    """
+    named = os.environ.get("FOEDUS_DTYPE") or ("bfloat16" if _multiplies_bfloat16(device) else "float32")
+    if named not in _COMPUTE_TYPES:
+        raise ConfigError(f"expected FOEDUS_DTYPE=float32 or bfloat16, got {named!r}: correct the environment")
+    return _COMPUTE_TYPES[named]
 
 
 def threads() -> int | None:
@@ -113,3 +130,10 @@ def units_a_pass() -> int | None:
 def is_number(value: str, most: int) -> bool:
     """Whether a text is a number from 1 to `most`; however long it is."""
     return value.isascii() and value.isdigit() and len(value) <= len(str(most)) and 1 <= int(value) <= most
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU with products in bfloat16. Only one that is there is asked."""
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        return False
+    return torch.cuda.get_device_capability(device) >= CAPABILITY

@@ -90,6 +90,12 @@ def _train(folder: Path, terms: StepTermsTask, *, org: str = "ahorn", number: in
     )
 
 
+def _checking() -> CheckTask:
+    """The checks of four private steps."""
+    event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
+    return CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=accounting.epsilon([event], 1e-5))
+
+
 def _vector(folder: Path) -> np.ndarray:
     return np.fromfile(folder / "vector.f32", dtype="<f4")
 
@@ -167,14 +173,12 @@ def test_experts_stream_where_the_organisation_says_so_and_no_bit_changes(
     expected = _vector(folder).tobytes()
     scoring = EvaluateTask(adapter=str(folder / "adapter.f32"), max_records=20)
     scored = worker.evaluate(setup, scoring, _nothing)
-    event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
-    checking = CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=accounting.epsilon([event], 1e-5))
     log = tmp_path / "worker.log"
     with closing_worker(tmp_path, monkeypatch, "3", name="FOEDUS_STREAMING", log=log) as other:
         (folder / "vector.f32").unlink()
         other.train(setup, _train(folder, OPEN), _nothing)
         assert _vector(folder).tobytes() == expected
-        assert other.check(setup, checking, _nothing).figures["move_over_clip"] <= 1.001
+        assert other.check(setup, _checking(), _nothing).figures["move_over_clip"] <= 1.001
         assert other.train(setup, _train(folder, PRIVATE), _nothing).figures["dropped_units"] == 0
         assert other.evaluate(setup, scoring, _nothing) == scored
         child = other._process
@@ -216,6 +220,25 @@ def test_fused_attention_is_the_organisations_and_changes_rounding_alone(
         other.train(setup, _train(folder, OPEN), _nothing)
     np.testing.assert_allclose(_vector(folder), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     assert _vector(folder).tobytes() != expected.tobytes(), "another function ran"
+
+
+def test_a_step_in_bfloat16_passes_every_check_and_differs_by_rounding(
+    worker: WorkerProcess, setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.train(setup, _train(folder, OPEN), _nothing)
+    expected = _vector(folder).copy()
+    monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
+    refused = pytest.raises(ConfigError, match="FOEDUS_DTYPE=float32 or bfloat16, got 'float16'")
+    with closing_worker(tmp_path, monkeypatch, "float16", name="FOEDUS_DTYPE") as other, refused:
+        other.train(setup, _train(folder, OPEN), _nothing)
+    (folder / "vector.f32").unlink()
+    with closing_worker(tmp_path, monkeypatch, "bfloat16", name="FOEDUS_DTYPE") as other:
+        figures = other.check(setup, _checking(), _nothing).figures
+        other.train(setup, _train(folder, OPEN), _nothing)
+    assert figures["move_over_clip"] <= 1.0
+    found = _vector(folder)
+    apart = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0.0 < apart < 0.1, "as far as eight bits of a number and a few other experts take it"
 
 
 def test_threads_that_cannot_be_are_refused_by_the_task(
@@ -296,11 +319,9 @@ def test_scores_are_of_held_out_units(worker: WorkerProcess, setup: Setup, folde
 
 
 def test_the_checks_pass_on_the_real_model(worker: WorkerProcess, setup: Setup) -> None:
-    event = accounting.Event(noise_multiplier=PRIVATE.noise_multiplier, sampling_prob=PRIVATE.sampling_prob, steps=4)
-    epsilon = accounting.epsilon([event], 1e-5)
-    task = CheckTask(terms=PRIVATE, steps=4, delta=1e-5, epsilon=epsilon)
+    task = _checking()
     figures = worker.check(setup, task, _nothing).figures
-    assert figures["epsilon_of_second_accountant"] == pytest.approx(epsilon, abs=0.05)
+    assert figures["epsilon_of_second_accountant"] == pytest.approx(task.epsilon, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,11 @@ def test_what_it_takes_follows_shape_organisations_and_settings(
     monkeypatch: pytest.MonkeyPatch, make_terms: Any
 ) -> None:
     small = shaped("gpt-oss-20b", layers=2)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setenv("FOEDUS_DTYPE", "float32")
 
     def memory(**changes: Any) -> int:
-        values = {"organisations": 1, "on_gpu": True} | changes
+        values = {"organisations": 1, "device": gpu} | changes
         return synthetic.requirements(small, terms(make_terms), **values).memory
 
     one = memory()
@@ -99,12 +101,15 @@ def test_what_it_takes_follows_shape_organisations_and_settings(
     assert one > 2 * 4 * 201088 * 2880 + 2 * 423_000_000 + synthetic.DRIVER
     assert memory(organisations=3) == 3 * one
     # On a CPU the packed bytes stay in the files.
-    assert memory(on_gpu=False) < one - 2 * 423_000_000
+    assert memory(device=cpu) < one - 2 * 423_000_000
+    monkeypatch.setenv("FOEDUS_DTYPE", "bfloat16")
+    assert memory() < one - 2 * 2 * 201088 * 2880
+    monkeypatch.setenv("FOEDUS_DTYPE", "float32")
     monkeypatch.setenv("FOEDUS_ATTENTION", "fused")
     fused = memory()
     monkeypatch.setenv("FOEDUS_CHECKPOINTING", "on")
     assert memory() < fused < one
-    disk = synthetic.requirements(shaped("gpt-oss-20b"), terms(make_terms), organisations=1, on_gpu=False).disk
+    disk = synthetic.requirements(shaped("gpt-oss-20b"), terms(make_terms), organisations=1, device=cpu).disk
     assert disk == pytest.approx(13.76 * GB, rel=1e-3)
 
 

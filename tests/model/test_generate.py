@@ -322,7 +322,7 @@ def test_the_fused_path_of_experts_is_refused_where_it_cannot_run(base: Path, mo
 def test_generation_and_losses_stream_to_the_same_bits(
     base: Path, write_variant: Callable[..., Path], whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through a cache, several prompts at a time, with a variant; whole layers too, as a GPU takes them, on the CPU."""
+    """Through a cache, several prompts at a time, with a variant; whole layers, as on a GPU, by its engine too."""
     variant = write_variant()
     resident = generate.load_generator(base, variant)
     monkeypatch.setattr(generate, "stream_experts", partial(stream_experts, whole=whole))
