@@ -21,6 +21,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -135,6 +136,10 @@ def _missing_to_compile() -> str | None:
     """What Triton lacks to compile at a kernel's first launch (its `runtime/build.py`, `runtime/cache.py`), or None."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "no C compiler, which Triton asks for at a kernel's first launch (install gcc, or name one in CC)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # As Triton takes it.
+    headers = Path(sysconfig.get_paths(scheme=scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return f"no Python.h in {headers}, which Triton compiles against (install this Python's headers, python3-dev)"
     cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton")
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK):

@@ -51,6 +51,9 @@ def test_where_nothing_can_be_compiled_the_reference_runs(tmp_path: Path, monkey
     assert backend.missing_for_kernels(device) is None
     monkeypatch.setattr(backend.os, "access", lambda folder, mode: folder != tmp_path)
     assert "cannot be written" in (backend.missing_for_kernels(device) or "")
+    with monkeypatch.context() as headless:
+        headless.setattr(backend.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+        assert f"no Python.h in {tmp_path}" in (backend.missing_for_kernels(device) or "")
     monkeypatch.delenv("CC")
     monkeypatch.setattr(backend.shutil, "which", lambda name: None)
     assert "no C compiler" in (backend.missing_for_kernels(device) or "")
