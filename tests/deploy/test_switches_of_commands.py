@@ -23,7 +23,14 @@ COMMANDS: dict[str, tuple[typer.Typer, list[str]]] = {
     "demo": (local, ["--compare"]),
 }
 OF_TRAINING = {"CHECKPOINTING": "yes", "UNITS_A_FORWARD": "65"}
-OF_ALL = {"DEVICE": "gpu", "THREADS": "many", "ATTENTION": "flash", "EXPERTS": "quick", "STREAMING": "on"}
+OF_ALL = {
+    "DEVICE": "gpu",
+    "DTYPE": "float16",
+    "THREADS": "many",
+    "ATTENTION": "flash",
+    "EXPERTS": "quick",
+    "STREAMING": "on",
+}
 
 
 @pytest.fixture
