@@ -14,9 +14,12 @@ from foedus_client import checks, packed, training
 from foedus_client.packed import Packing, packed_gradients, packing_for
 from foedus_client.privacy import StepTerms
 from foedus_client.synthetic import SyntheticRecord, SyntheticUnit
+from foedus_kernels.backend import interpreting
 from foedus_model.adapter import AttachedAdapter, attach
+from foedus_model.experts import choose_path
 from foedus_protocols.errors import PrivacyCheckFailed
 from foedus_protocols.layout import adapter_layout
+from support.interpreted import sum_rows_alone
 from support.quantised import VOCABULARY, small_model
 
 TOKENS = 32
@@ -96,6 +99,29 @@ def test_experts_rows_that_are_not_padded_are_seen(
         refused = packing_for(adapted(targets), **tried) is None
     assert refused or not differ, "allowed, although a unit's bits depended on the others"
     assert refused == ("other bits alone than among" in caplog.text)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("targets", ["attention", "experts"])
+def test_through_the_kernels_too_a_units_bits_do_not_depend_on_the_others(
+    targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole forward and backward of a model, its experts by the device code, interpreted."""
+    if not interpreting():
+        pytest.skip("a CUDA device is here, and nothing is interpreted")
+    sum_rows_alone(monkeypatch)
+    adapter = adapted(targets)
+    some = records(2, 16, seed=16)
+    decoded = packed_gradients(adapter, some)
+    choose_path(adapter.model, rows=2 * 16, wanted="fused", interpreted=True)
+    together = packed_gradients(adapter, some)
+    assert not np.array_equal(together, decoded), "another path ran"
+    np.testing.assert_allclose(together, decoded, rtol=0, atol=1e-5 * np.abs(decoded).max())
+    if not same_bits(adapted(targets), length=16):
+        return  # This processor's own library gives a row other bits among others: packing is refused.
+    for one, row in zip(some, together, strict=True):
+        assert packed_gradients(adapter, [one])[0].tobytes() == row.tobytes()
+    assert packed_gradients(adapter, some[::-1])[0].tobytes() == together[1].tobytes()
 
 
 def test_the_model_is_as_it_was_after_a_packed_backward(adapter: AttachedAdapter) -> None:

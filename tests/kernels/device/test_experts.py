@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +12,7 @@ from foedus_kernels.device import experts as device
 from foedus_kernels.device.tiles import tiles_of, unit_offsets
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.testing import assert_close
+from support.interpreted import sum_rows_alone
 from support.mutants import mutant
 
 E = 5
@@ -165,23 +165,9 @@ def test_no_tokens(pairs, place) -> None:
 
 @pytest.fixture
 def rows_alone(place, monkeypatch) -> None:
-    """Where a product is the interpreter's, sum each row on its own.
-
-    The interpreter's is numpy's, in which a row's bits depend on its place among the 16 rows of a tile. What a test on
-    a CPU then shows is all the rest: which rows, which blocks, in which order. That a GPU's product gives a row the
-    same bits at every place of a tile is shown on a GPU.
-    """
-    if place[0].type != "cpu":
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-
-    def product(self, a, b, d, *_: object):
-        total = d.data.copy()
-        for k in range(a.data.shape[1]):
-            total += a.data[:, k, None] * b.data[None, k]
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)
+    """Where a product is the interpreter's, each row is summed on its own."""
+    if place[0].type == "cpu":
+        sum_rows_alone(monkeypatch)
 
 
 @pytest.mark.usefixtures("rows_alone")
