@@ -26,7 +26,7 @@ from foedus_coordinator.executor import serve
 from foedus_model.presets import TINY
 from foedus_protocols.certificates import CertificateAuthority, make_request
 from foedus_protocols.identity import load_tls_key
-from foedus_protocols.layout import attention_layout, vector_digest
+from foedus_protocols.layout import adapter_layout, vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
 from foedus_protocols.peft_folder import write_peft
 from support.refusals import refusal, run, state
@@ -186,7 +186,7 @@ def base(tmp_path: Path) -> Path:
 def variant(tmp_path: Path) -> Path:
     """A variant of the shipped base, to be damaged."""
     folder = tmp_path / "variant"
-    layout = attention_layout(read_config(TINY), rank=2)
+    layout = adapter_layout(read_config(TINY), targets="attention", rank=2)
     vector = np.zeros(layout.length, np.float32)
     write_peft(folder, layout=layout, vector=vector, seed="s", rank=2, alpha=4, base_name="tiny")
     manifest = {"base": read_manifest(TINY).digest, "adapter": vector_digest(vector), "private": True}

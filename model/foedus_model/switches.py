@@ -133,7 +133,6 @@ def is_number(value: str, most: int) -> bool:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device is a GPU with products in bfloat16. Only one that is there is asked."""
-    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        return False
-    return torch.cuda.get_device_capability(device) >= CAPABILITY
+    """Whether a device is a GPU with products in bfloat16."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) >= CAPABILITY

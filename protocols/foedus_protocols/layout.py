@@ -132,11 +132,6 @@ class _Pair(NamedTuple):
     fan_out: int
 
 
-def attention_layout(config: Mapping[str, Any], *, rank: int) -> Layout:
-    """LoRA on q, k, v and o of every layer; lora_A fixed, lora_B trained. `adapter_layout` says more."""
-    return adapter_layout(config, targets="attention", rank=rank)
-
-
 def adapter_layout(
     config: Mapping[str, Any],
     *,

@@ -20,6 +20,7 @@ from foedus_kernels.roofline import GPT_OSS_20B, KERNELS, MOE_16E_32K, RECORD_KE
 from foedus_kernels.testing import assert_close
 from foedus_model.presets import preset
 from foedus_model.synthesise import shaped
+from support.once_clock import OnceClock
 
 BENCH = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -35,23 +36,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         return importlib.import_module(name)
 
     return load
-
-
-class OnceClock:
-    """Runs a job once."""
-
-    def seconds(self, job: Any) -> float:
-        job()
-        return 0.5
-
-    def peak_bytes(self) -> int:
-        return 10**9
-
-    def synchronise(self) -> None:
-        """Nothing runs elsewhere."""
-
-    def clear(self) -> None:
-        """Nothing is held."""
 
 
 # --- The histogram ---------------------------------------------------------------------------------------------------

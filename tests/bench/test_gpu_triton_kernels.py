@@ -19,6 +19,7 @@ from foedus_kernels import backend
 from foedus_kernels.experts import Gate, experts_torch
 from foedus_kernels.roofline import GPT_OSS_20B, KERNELS
 from foedus_kernels.testing import assert_close
+from support.once_clock import OnceClock
 
 BENCH = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -326,20 +327,6 @@ def test_too_little_memory_is_no_fault_of_a_version(install: Any) -> None:
     inputs, reference = case()
     with pytest.raises(torch.OutOfMemoryError):
         importlib.import_module("gpu_triton_kernels").checked_forward(*inputs, reference)
-
-
-class OnceClock:
-    """Runs a job once."""
-
-    def seconds(self, job: Any) -> float:
-        job()
-        return 0.5
-
-    def peak_bytes(self) -> int:
-        return 10**9
-
-    def clear(self) -> None:
-        """Nothing is held."""
 
 
 def rows() -> dict[str, dict[str, Any]]:

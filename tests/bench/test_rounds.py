@@ -53,10 +53,10 @@ def test_the_tables_say_the_ratio_both_ways(monkeypatch: pytest.MonkeyPatch) -> 
 def test_shapes_have_exactly_the_parameters_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import bench_federation
-    from foedus_protocols.layout import attention_layout
+    from foedus_protocols.layout import adapter_layout
 
     for parameters in (100_000, 2_000_000, 2_500_000, 25_000_000):
         rank, head_dim = bench_federation.shape(parameters)
-        assert attention_layout(bench_federation.wide(head_dim), rank=rank).length == parameters
+        assert adapter_layout(bench_federation.wide(head_dim), targets="attention", rank=rank).length == parameters
     with pytest.raises(ValueError, match="multiple of"):
         bench_federation.shape(1_000_001)

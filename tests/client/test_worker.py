@@ -20,13 +20,13 @@ from foedus_client.work import CheckTask, EvaluateTask, Setup, StepTermsTask, Tr
 from foedus_client.worker_process import WorkerProcess
 from foedus_protocols import accounting
 from foedus_protocols.errors import CheckpointError, ConfigError, DataError, PrivacyCheckFailed
-from foedus_protocols.layout import adapter_layout, attention_layout, initial_vector
-from foedus_protocols.manifest import read_config, read_manifest
+from foedus_protocols.layout import adapter_layout, initial_vector
+from foedus_protocols.manifest import read_config
+from support.worker_setup import RANK, setup_of, write_adapter
 
 pytestmark = pytest.mark.unit
 
 BASE = Path(__file__).parents[2] / "model" / "foedus_model" / "tiny"
-RANK = 2
 PRIVATE = StepTermsTask(
     private=True, l2_clip_norm=0.2, noise_multiplier=1.5, sampling_prob=0.5, expected_units=8.0, seed=None
 )
@@ -49,28 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for row in range(2)
     ]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    layout = attention_layout(read_config(BASE), rank=RANK)
-    initial_vector(layout, "public").tofile(place / "adapter.f32")
+    write_adapter(BASE, place / "adapter.f32")
     return place
 
 
 @pytest.fixture(scope="module")
 def setup(folder: Path) -> Setup:
     """The shipped base, and a split key that holds some of the sixteen units out."""
-    return Setup(
-        base=str(BASE),
-        base_digest=read_manifest(BASE).digest,
-        rank=RANK,
-        alpha=4.0,
-        adapter_seed="public",
-        layout_digest=attention_layout(read_config(BASE), rank=RANK).digest,
-        files=[str(folder / "data.jsonl")],
-        units="topic",
-        columns={},
-        split_key="11" * 32,
-        max_tokens=64,
-        max_records_per_unit=2,
-    )
+    return setup_of(BASE, folder / "data.jsonl", max_tokens=64, max_records_per_unit=2)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +94,11 @@ def test_a_private_step_writes_a_noised_vector(worker: WorkerProcess, setup: Set
         vectors.append(_vector(folder))
     assert 0 <= figures["sampled_units"] <= 16
     stated = PRIVATE.noise_multiplier / PRIVATE.expected_units
-    # Of some 20,000 coordinates the standard error of a standard deviation is half a percent: 5 % is ten of them.
-    assert vectors[0].std() == pytest.approx(stated, rel=0.05)
-    assert abs(np.corrcoef(vectors[0], vectors[1])[0, 1]) < 0.05
+    # Six standard errors of 3,072 coordinates are 8 % of the deviation and 0.11 of a correlation. What sixteen units
+    # that all point one way would add is 2 % and 0.04. Noise of two thirds, or the same noise again, is far outside.
+    assert vectors[0].size == 3072
+    assert vectors[0].std() == pytest.approx(stated, rel=0.1)
+    assert abs(np.corrcoef(vectors[0], vectors[1])[0, 1]) < 0.15
 
 
 def test_without_privacy_a_step_is_a_function_of_seed_org_and_round(
@@ -230,10 +218,6 @@ def test_a_step_in_bfloat16_passes_every_check_and_differs_by_rounding(
 ) -> None:
     worker.train(setup, _train(folder, OPEN), _nothing)
     expected = _vector(folder).copy()
-    monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
-    refused = pytest.raises(ConfigError, match="FOEDUS_DTYPE=float32 or bfloat16, got 'float16'")
-    with closing_worker(tmp_path, monkeypatch, "float16", name="FOEDUS_DTYPE") as other, refused:
-        other.train(setup, _train(folder, OPEN), _nothing)
     (folder / "vector.f32").unlink()
     with closing_worker(tmp_path, monkeypatch, "bfloat16", name="FOEDUS_DTYPE") as other:
         figures = other.check(setup, _checking(), _nothing).figures
@@ -244,12 +228,18 @@ def test_a_step_in_bfloat16_passes_every_check_and_differs_by_rounding(
     assert 0.0 < apart < 0.1, "as far as eight bits of a number and a few other experts take it"
 
 
-def test_threads_that_cannot_be_are_refused_by_the_task(
-    setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("FOEDUS_THREADS", "many", "expected FOEDUS_THREADS from 1 to 1024, got 'many'"),
+        ("FOEDUS_DTYPE", "float16", "expected FOEDUS_DTYPE=float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_the_task(
+    setup: Setup, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
 ) -> None:
     monkeypatch.setenv("FOEDUS_CHECKPOINTING", "off")
-    refused = pytest.raises(ConfigError, match="expected FOEDUS_THREADS from 1 to 1024, got 'many'")
-    with closing_worker(tmp_path, monkeypatch, "many", name="FOEDUS_THREADS") as other, refused:
+    with closing_worker(tmp_path, monkeypatch, value, name=name) as other, pytest.raises(ConfigError, match=said):
         other.train(setup, _train(folder, OPEN), _nothing)
 
 

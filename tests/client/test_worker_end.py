@@ -15,10 +15,7 @@ from foedus_client.session import Session
 from foedus_client.work import EvaluateTask, Reply, Request, Setup, Task
 from foedus_client.worker import Worker
 from foedus_model.presets import TINY
-from foedus_protocols.layout import attention_layout, initial_vector
-from foedus_protocols.manifest import read_config, read_manifest
-
-RANK = 2
+from support.worker_setup import setup_of, write_adapter
 
 
 @pytest.fixture
@@ -30,24 +27,10 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
         {"question": f"What is item {unit}?", "answer": f"Number {unit}.", "topic": f"t{unit}"} for unit in range(16)
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    layout = attention_layout(read_config(TINY), rank=RANK)
-    initial_vector(layout, "public").tofile(tmp_path / "adapter.f32")
+    write_adapter(TINY, tmp_path / "adapter.f32")
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
-    return Setup(
-        base=str(base),
-        base_digest=read_manifest(base).digest,
-        rank=RANK,
-        alpha=4.0,
-        adapter_seed="public",
-        layout_digest=layout.digest,
-        files=[str(tmp_path / "data.jsonl")],
-        units="topic",
-        columns={},
-        split_key="11" * 32,
-        max_tokens=32,
-        max_records_per_unit=1,
-    )
+    return setup_of(base, tmp_path / "data.jsonl", max_tokens=32, max_records_per_unit=1)
 
 
 def ask(kind: str, task: Task) -> bytes:

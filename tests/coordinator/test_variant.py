@@ -90,7 +90,9 @@ def test_mode_none_says_not_private_everywhere(federation: Any) -> None:
 
 def test_the_peft_files_hold_the_adapter(federation: Any) -> None:
     run, chain, _, folder = finished(federation)
-    shape = layout.attention_layout(json.loads(federation.home.storage.run(run.id).base_config), rank=2)
+    shape = layout.adapter_layout(
+        json.loads(federation.home.storage.run(run.id).base_config), targets="attention", rank=2
+    )
     read = read_peft(folder, shape)
     assert np.array_equal(read.vector, chain.adapter)
     assert (read.rank, read.alpha, read.base_name) == (2, 4.0, "toy")

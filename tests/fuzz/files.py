@@ -27,7 +27,7 @@ from foedus_protocols import rules
 from foedus_protocols.accounting import Event
 from foedus_protocols.charter_draft import charter_template, draft, read_draft
 from foedus_protocols.identity import generate_signing_key, generate_tls_key, load_signing_key, load_tls_key, save_key
-from foedus_protocols.layout import attention_layout, initial_vector
+from foedus_protocols.layout import adapter_layout, initial_vector
 from foedus_protocols.manifest import read_config, write_manifest
 from foedus_protocols.peft_folder import ADAPTER_FILE, CONFIG_FILE, read_peft, read_peft_config, write_peft
 from fuzz import mutate
@@ -158,7 +158,7 @@ def _long_cells(inner: mutate.Mutator, separator: bytes) -> mutate.Mutator:
 
 
 def _adapters(scratch: Path) -> Iterator[Target]:
-    layout = attention_layout(TINY_CONFIG, rank=2)
+    layout = adapter_layout(TINY_CONFIG, targets="attention", rank=2)
     folder = scratch / "peft"
     write_peft(
         folder, layout=layout, vector=initial_vector(layout, "s"), seed="s", rank=2, alpha=4.0, base_name="tiny"
@@ -214,7 +214,7 @@ def _bases(scratch: Path) -> Iterator[Target]:
 
     def config(path: Path) -> None:
         write_manifest(path.parent, provenance={})
-        attention_layout(read_config(path.parent), rank=4)
+        adapter_layout(read_config(path.parent), targets="attention", rank=4)
 
     yield Target(
         name="base-config",

@@ -13,7 +13,7 @@ from foedus_model.adapter import AttachedAdapter, LoraLinear, attach
 from foedus_model.build import load_base
 from foedus_protocols.canonical import digest_file
 from foedus_protocols.errors import CheckpointError
-from foedus_protocols.layout import Layout, Tensor, attention_layout, fixed_tensors
+from foedus_protocols.layout import Layout, Tensor, adapter_layout, fixed_tensors
 from foedus_protocols.peft_folder import write_peft
 from peft import PeftModel
 from torch.nn import functional
@@ -23,7 +23,7 @@ RANK, ALPHA, SEED = 4, 8, "a public seed"
 
 @pytest.fixture(scope="module")
 def layout(base: Path) -> Layout:
-    return attention_layout(json.loads((base / "config.json").read_text()), rank=RANK)
+    return adapter_layout(json.loads((base / "config.json").read_text()), targets="attention", rank=RANK)
 
 
 @pytest.fixture(scope="module")

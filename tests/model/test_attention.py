@@ -15,7 +15,7 @@ from foedus_model.adapter import attach
 from foedus_model.build import _model_config, _on_meta, load_base
 from foedus_model.quantize import quantise
 from foedus_protocols.errors import ConfigError
-from foedus_protocols.layout import attention_layout
+from foedus_protocols.layout import adapter_layout
 from support.attention import dense_attention, log_sparse
 from transformers import GptOssConfig, GptOssForCausalLM, StaticCache
 
@@ -237,7 +237,7 @@ def test_a_base_with_log_sparse_layers_loads_packed_and_trains(write_base: Calla
     model = load_base(folder)
     assert model.config.log_sparse_layers == [1, 3]
     assert json.loads((folder / "config.json").read_text())["layer_types"] == ALL_TYPES
-    adapter = attach(model, attention_layout(config, rank=8), seed="s", alpha=16.0, rank=8)
+    adapter = attach(model, adapter_layout(config, targets="attention", rank=8), seed="s", alpha=16.0, rank=8)
     optimiser = torch.optim.Adam(adapter.trained, lr=1e-2)
     # A text in which each token follows from the one 16 before it: four blocks back.
     period = list(range(16))

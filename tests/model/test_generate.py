@@ -25,7 +25,7 @@ from foedus_model.loss import device_of
 from foedus_model.sampling import Sampling
 from foedus_model.streaming import stream_experts
 from foedus_protocols.errors import CheckpointError, ConfigError, FoedusError, UsageError
-from foedus_protocols.layout import adapter_layout, attention_layout, vector_digest
+from foedus_protocols.layout import adapter_layout, vector_digest
 from foedus_protocols.peft_folder import file_digests, write_peft
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -40,7 +40,7 @@ def write_variant(base: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def write(scale: float = 0.2, **fields: object) -> Path:
         checkpoint = open_checkpoint(base)
-        layout = attention_layout(checkpoint.config, rank=4)
+        layout = adapter_layout(checkpoint.config, targets="attention", rank=4)
         vector = (np.random.default_rng(1).normal(size=layout.length) * scale).astype(np.float32)
         folder = tmp_path / "variant"
         write_peft(folder, layout=layout, vector=vector, seed="s", rank=4, alpha=8, base_name="small")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from foedus_model.generate import load_generator
 from foedus_model.presets import TINY
-from foedus_protocols.layout import attention_layout, vector_digest
+from foedus_protocols.layout import adapter_layout, vector_digest
 from foedus_protocols.manifest import read_config, read_manifest
 from foedus_protocols.peft_folder import write_peft
 from peft import PeftModel
@@ -31,7 +31,7 @@ PROMPTS = [
 def variant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A variant folder as a run leaves it, with a random adapter of a trained one's size."""
     folder = tmp_path_factory.mktemp("variant")
-    layout = attention_layout(read_config(TINY), rank=RANK)
+    layout = adapter_layout(read_config(TINY), targets="attention", rank=RANK)
     vector = (np.random.default_rng(11).normal(size=layout.length) * 0.05).astype(np.float32)
     write_peft(folder, layout=layout, vector=vector, seed="parity", rank=RANK, alpha=ALPHA, base_name="tiny")
     manifest = {"base": read_manifest(TINY).digest, "adapter": vector_digest(vector), "private": True}

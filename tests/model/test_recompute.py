@@ -10,7 +10,7 @@ from foedus_model import recompute
 from foedus_model.adapter import attach
 from foedus_model.build import load_base
 from foedus_model.recompute import recompute_layers
-from foedus_protocols.layout import attention_layout
+from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import read_config
 
 TOKENS = torch.arange(48)[None] * 5 % 256
@@ -19,7 +19,9 @@ TOKENS = torch.arange(48)[None] * 5 % 256
 @pytest.fixture
 def adapter(base: Path):
     torch.manual_seed(0)
-    attached = attach(load_base(base), attention_layout(read_config(base), rank=4), seed="s", alpha=8.0, rank=4)
+    attached = attach(
+        load_base(base), adapter_layout(read_config(base), targets="attention", rank=4), seed="s", alpha=8.0, rank=4
+    )
     for parameter in attached.trained:
         torch.nn.init.normal_(parameter, std=0.05)
     return attached

@@ -42,7 +42,7 @@ def test_noise_is_the_smallest_that_keeps_the_promise(league: Any) -> None:
 
 def test_update_bound_and_adapter_are_what_every_party_computes(league: Any) -> None:
     charter = league.draft()
-    described = layout.attention_layout(league.config, rank=4)
+    described = layout.adapter_layout(league.config, targets="attention", rank=4)
     assert (charter.adapter.length, charter.adapter.layout_digest) == (described.length, described.digest)
     assert charter.adapter.initial_digest == layout.vector_digest(
         layout.initial_vector(described, charter.adapter.seed)

@@ -15,7 +15,6 @@ from foedus_protocols.layout import (
     Tensor,
     Vector,
     adapter_layout,
-    attention_layout,
     fixed_tensors,
     flatten,
     initial_digest,
@@ -46,7 +45,7 @@ GPT_OSS_120B = {
 
 @pytest.fixture
 def layout() -> Layout:
-    return attention_layout(SMALL, rank=4)
+    return adapter_layout(SMALL, targets="attention", rank=4)
 
 
 def some_vector(layout: Layout) -> Vector:
@@ -79,7 +78,11 @@ def test_trained_and_fixed_are_numbered_apart(layout: Layout) -> None:
 
 
 def test_the_released_model_trains_4_6_million_coordinates_at_rank_16() -> None:
-    assert attention_layout(GPT_OSS_120B, rank=16).length == 36 * 16 * (4096 + 512 + 512 + 2880) == 4_608_000
+    assert (
+        adapter_layout(GPT_OSS_120B, targets="attention", rank=16).length
+        == 36 * 16 * (4096 + 512 + 512 + 2880)
+        == 4_608_000
+    )
 
 
 def test_digests_are_checked_in(layout: Layout) -> None:
@@ -97,12 +100,12 @@ def test_the_description_names_every_tensor(layout: Layout) -> None:
         "offset": 0,
         "kind": "trained",
     }
-    assert attention_layout(SMALL, rank=8).digest != layout.digest
+    assert adapter_layout(SMALL, targets="attention", rank=8).digest != layout.digest
 
 
 def test_fixed_matrices_are_uniform_like_pefts() -> None:
     """Mean and variance of 46,080 entries, 5 deviations each: the seed is fixed, so this cannot fail by chance."""
-    layout = attention_layout({**GPT_OSS_120B, "num_hidden_layers": 1}, rank=16)
+    layout = adapter_layout({**GPT_OSS_120B, "num_hidden_layers": 1}, targets="attention", rank=16)
     matrix = fixed_tensors(layout, "seed")[layout.fixed()[0].name]
     scaled = matrix.astype(np.float64) * np.sqrt(2880)
     assert matrix.shape == (16, 2880)
@@ -152,7 +155,7 @@ def test_the_adapter_file_is_raw_little_endian() -> None:
 @pytest.mark.parametrize("value", [None, 0, "32", True])
 def test_a_config_without_sizes_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
-        attention_layout({**SMALL, field: value}, rank=4)
+        adapter_layout({**SMALL, field: value}, targets="attention", rank=4)
 
 
 def test_a_layout_with_a_gap_or_a_repeated_name_is_refused() -> None:
@@ -180,7 +183,7 @@ def test_experts_have_a_pair_each_or_share_one() -> None:
     assert [tensor.shape for tensor in shared.tensors[:4]] == [(1, 3, 32), (1, 48, 3), (1, 3, 24), (1, 32, 3)]
     assert each.length == 5 * shared.length == 2 * 5 * 3 * (48 + 32)
     assert each.num_experts == shared.num_experts == 5
-    assert attention_layout(EXPERTS, rank=3).num_experts == 0
+    assert adapter_layout(EXPERTS, targets="attention", rank=3).num_experts == 0
 
 
 @pytest.mark.parametrize("targets", ["attention", "experts-shared", "experts"])

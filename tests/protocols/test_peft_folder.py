@@ -13,7 +13,6 @@ from foedus_protocols.layout import (
     Layout,
     Vector,
     adapter_layout,
-    attention_layout,
     fixed_tensors,
     flatten,
     unflatten,
@@ -39,7 +38,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture
 def layout() -> Layout:
-    return attention_layout(SMALL, rank=4)
+    return adapter_layout(SMALL, targets="attention", rank=4)
 
 
 def some_vector(layout: Layout) -> Vector:
@@ -144,7 +143,7 @@ def test_peft_and_we_read_each_others_folders(tmp_path: Path) -> None:
     config = transformers.GptOssConfig(
         **SMALL, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, vocab_size=64
     )
-    layout = attention_layout(config.to_dict(), rank=4)
+    layout = adapter_layout(config.to_dict(), targets="attention", rank=4)
     vector = some_vector(layout)
     write_peft(tmp_path / "ours", layout=layout, vector=vector, seed="s", rank=4, alpha=8, base_name="")
     model = peft.PeftModel.from_pretrained(transformers.GptOssForCausalLM(config), tmp_path / "ours")

@@ -17,7 +17,7 @@ from foedus_client.synthetic import synthetic_units
 from foedus_model import presets
 from foedus_model.adapter import AttachedAdapter, attach
 from foedus_protocols.errors import PrivacyCheckFailed
-from foedus_protocols.layout import adapter_layout, attention_layout
+from foedus_protocols.layout import adapter_layout
 from transformers import GptOssConfig, GptOssForCausalLM
 
 STDDEV, RESOLUTION = 0.05, 0.05 / 1500
@@ -119,7 +119,7 @@ def test_preflight_passes_on_the_default_adapter_of_the_tiny_shape() -> None:
     described = {name: value for name, value in config.items() if name != "quantization_config"}
     torch.manual_seed(1)
     model = GptOssForCausalLM(GptOssConfig(**described)).requires_grad_(False).eval()
-    adapter = attach(model, attention_layout(config, rank=16), seed="test", alpha=32.0, rank=16)
+    adapter = attach(model, adapter_layout(config, targets="attention", rank=16), seed="test", alpha=32.0, rank=16)
     terms = StepTerms(
         l2_clip_norm=0.1, noise_multiplier=0.5, sampling_prob=0.1, expected_units=64.0, max_records_per_unit=2
     )
