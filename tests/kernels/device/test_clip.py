@@ -85,7 +85,7 @@ def test_a_norm_is_that_of_the_gradient_that_is_written(place) -> None:
     assert_close(norms, gradients.square().sum((1, 2)), max_relative=1e-14, rms=1e-14)
 
 
-def test_an_countbits_do_not_depend_on_other_experts(place) -> None:
+def test_an_experts_bits_do_not_depend_on_other_experts(place) -> None:
     left, right, offsets = rows_of([5, 12, 0, 20, 3, 3], (70, 8), place)
     factors = factors_of(2, place)
     together = device.clipped_gradient(left, right, offsets, factors)
@@ -194,7 +194,7 @@ def test_no_launch_waits_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
-def test_units_of_a_layer_of_countget_their_own_gradients(pairs, place, close, monkeypatch) -> None:
+def test_units_of_a_layer_of_experts_get_their_own_gradients(pairs, place, close, monkeypatch) -> None:
     """Through autograd, as training calls it: the experts' backward over device code against over the reference.
 
     Three experts, one of which nobody is routed to; three units of 4 tokens; a pair each, and one that all share.
