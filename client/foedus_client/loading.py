@@ -89,7 +89,7 @@ def load_adapted(setup: Setup) -> tuple[AttachedAdapter, Streamer | None]:
     if switches.units_streamed is not None:
         streaming = stream_experts(model, adapter.trained, units=switches.units_streamed)
         streaming.require_host(setup.max_tokens * setup.max_records_per_unit)
-        _LOG.info("%s", streaming)
+        _LOG.info("%s", str(streaming))  # Not the object: a handler that keeps records would keep the model.
     if switches.checkpointing != "off":
         recompute_layers(model, offload=switches.checkpointing == "offload")
     return adapter, streaming

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import threading
@@ -19,8 +20,9 @@ from support.worker_setup import setup_of, write_adapter
 
 
 @pytest.fixture
-def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
-    """Sixteen units, some held out, on a copy of the shipped base, which streams."""
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Setup:
+    """Sixteen units, some held out, on a copy of the shipped base, which streams; all that is logged is kept."""
+    caplog.set_level(logging.INFO)
     monkeypatch.setenv("FOEDUS_DEVICE", "cpu")
     monkeypatch.setenv("FOEDUS_STREAMING", "2")
     rows = [
