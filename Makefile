@@ -58,7 +58,7 @@ bench: setup     ## rounds, private step, attention, experts, a 20b layer, gener
 	$(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
 
 bench-gpu:       ## kernels and whole steps on a CUDA device at the true shapes, with the torch that PYTHON has (GPU_BENCH_FLAGS)
-	PYTHONPATH=kernels:model:protocols $(PYTHON) tests/bench/gpu.py $(GPU_BENCH_FLAGS)
+	PYTHONPATH=kernels:model:protocols:client $(PYTHON) tests/bench/gpu.py $(GPU_BENCH_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost
 	PYTHONPATH=tests $(BIN)/python -m chaos --kills $(or $(KILLS),200) $(if $(SEED),--seed $(SEED))

@@ -1,17 +1,18 @@
 """The kernels and whole steps on a GPU at the true shapes of gpt-oss-120b and 20b, beside what others do, in one run.
 
     make bench-gpu GPU_BENCH_FLAGS="--out rows.json"
-    PYTHONPATH=kernels:model:protocols python tests/bench/gpu.py --only "K1 experts, forward" --model gpt-oss-20b
+    PYTHONPATH=kernels:model:protocols:client python tests/bench/gpu.py --only "K1 experts, forward" --model gpt-oss-20b
 
 First the card's own peaks (a large product in bfloat16, a large copy, a pinned copy from the host), then each kernel at
 16 and 256 rows an expert: median seconds by CUDA events with the caches cold, bandwidth and FLOP/s from the arithmetic
 of `foedus_kernels.roofline`, their share of the card's peak, the most memory. Then log-sparse attention over records of
-4K to 32K tokens, and whole training steps. Weights are synthetic, made on the device, scale bytes 117 to 123; routing
-has a trained router's histogram (`gpu_routing.py`).
+4K to 32K tokens, whole training steps, and private steps beside plain ones of the same batch (`gpu_private.py`).
+Weights are synthetic, made on the device, scale bytes 117 to 123; routing has a trained router's histogram
+(`gpu_routing.py`).
 
 What cannot run says "not measured" and why, and the rest goes on; ``--out`` has each row as soon as it is there.
 triton_kernels (`gpu_triton_kernels.py`) may instead be "not installed" or of a "version not supported".
-``--table`` prints the empty table of docs/benchmarks.md and needs no GPU. Rows feed ``roofline.py --measured``.
+``--table`` prints the empty tables of docs/benchmarks.md and needs no GPU. Rows feed ``roofline.py --measured``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from foedus_kernels.roofline import (
     Work,
 )
 from gpu_kernels import EAGER, GROUPED, JOBS, OURS, RECORD_WAYS, REFERENCE, STOCK, THEIRS, WAYS, Job, Jobs, Place
+from gpu_private import PRIVATE_STEPS, PrivateCase, PrivateStep, measured
 from gpu_steps import STEPS, Step, StepCase, link_bound, median_of
 from gpu_triton_kernels import NOT_INSTALLED, UNSUPPORTED, CannotRunError, first_line
 
@@ -164,7 +166,7 @@ def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, f
 
         step = Step(preset(case.preset), case.tokens, device=device, dtype=torch.bfloat16, streamed=case.streamed)
         clock.clear()
-        seconds = median_of(step, repeats, clock.synchronise)
+        seconds = median_of(step.run, repeats, clock.synchronise)
     except Exception as error:  # As above; an import that this machine lacks is a reason, too.
         return about | {"seconds": None, "why": _reason(error)}
     row = about | {"seconds": seconds, "tokens_a_second": case.tokens / seconds, "peak_bytes": clock.peak_bytes()}
@@ -177,12 +179,26 @@ def step_row(case: StepCase, clock: Any, device: torch.device, peak: dict[str, f
     return row
 
 
+def private_row(case: PrivateCase, clock: Any, device: torch.device, repeats: int) -> dict[str, Any]:
+    """A private step: tokens a second, the time over that of a plain step of the same batch, the most memory."""
+    tokens = case.units * case.tokens
+    about = {"step": case.name, "model": case.preset, "tokens": tokens, "goal": case.goal}
+    try:
+        from foedus_model.presets import preset
+
+        step = PrivateStep(preset(case.preset), case, device=device, dtype=torch.bfloat16)
+        found = measured(step, clock, repeats)
+    except Exception as error:  # As above.
+        return about | {"seconds": None, "why": _reason(error)}
+    return about | found | {"tokens_a_second": tokens / found["seconds"], "path": step.path}
+
+
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, CannotRunError) else first_line(error)
 
 
 def table(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
-    """The three tables of docs/benchmarks.md; a case without a row is not measured."""
+    """The four tables of docs/benchmarks.md; a case without a row is not measured."""
     found = {(row["kernel"], row["model"], row["rows_an_expert"], row["way"]): row for row in rows}
     lines = _head("| kernel | model | rows an expert |", "| --- | --- | ---: |", WAYS)
     for kernel in KERNELS:
@@ -208,7 +224,21 @@ def table(rows: list[dict[str, Any]], steps: list[dict[str, Any]]) -> str:
         if "share_of_link" in row:
             speed += f" ({row['share_of_link']:.0%} of the link's bound)"
         lines.append(f"| {case.name} | {case.goal} | {speed} | {row['peak_bytes'] / 1e9:.2f} GB |")
+    lines += [
+        "",
+        "| private step | goal | over a plain step | its gradients alone | tokens/s | memory | plain memory |",
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    lines += [_private_line(case, done.get(case.name)) for case in PRIVATE_STEPS]
     return "\n".join(lines) + "\n"
+
+
+def _private_line(case: PrivateCase, row: dict[str, Any] | None) -> str:
+    if row is None or not row["seconds"]:
+        return f"| {case.name} | {case.goal} |{f' {NOT_MEASURED} |' * 5}"
+    over, gradients = row["over_plain"], row["gradients_over_plain"]
+    memory = " | ".join(f"{row[name] / 1e9:.2f} GB" for name in ("peak_bytes", "plain_peak_bytes"))
+    return f"| {case.name} | {case.goal} | {over:.2f} | {gradients:.2f} | {row['tokens_a_second']:,.0f} | {memory} |"
 
 
 WAYS_OF: dict[str, frozenset[str]] = {
@@ -271,7 +301,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked before anything is made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kernels = [kernel.name for kernel in (*KERNELS, *RECORD_KERNELS)]
-    names = [*kernels, "records", "steps", *(case.name for case in STEPS)]
+    names = [*kernels, "records", "steps", "private", *(case.name for case in (*STEPS, *PRIVATE_STEPS))]
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(names)}")
     shapes = [shape.name for shape in (*SHAPES, MOE_16E_32K)]
     parser.add_argument("--model", choices=shapes, help=f"only this shape; records are {MOE_16E_32K.name}'s")
@@ -348,6 +378,10 @@ def _measure(
     for case in STEPS:
         if wanted(case.name, case.preset, "steps"):
             keep("steps", [step_row(case, clock, device, peak, max(1, repeats // 4))])
+            clock.clear()
+    for case in PRIVATE_STEPS:
+        if wanted(case.name, case.preset, "private"):
+            keep("steps", [private_row(case, clock, device, max(1, repeats // 4))])
             clock.clear()
 
 

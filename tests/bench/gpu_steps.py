@@ -7,6 +7,7 @@ misstates speed. Weights are random, so losses mean nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +79,17 @@ def _drawn(name: str, like: torch.Tensor, device: torch.device, module: torch.nn
 
 
 def route(model: Any, tokens: int, seed: int) -> None:
-    """Have every router choose by the histogram for forwards of this many tokens; weights stay the router's."""
+    """Have every router choose by the histogram of this many tokens; weights stay the router's.
+
+    A forward of several units of so many tokens repeats the choices: a unit has its own alone and among others.
+    """
     config = model.config
     for number, layer in enumerate(model.model.layers):
         ids = torch.from_numpy(routed(tokens, config.num_local_experts, config.num_experts_per_tok, seed + number))
         ids = ids.to(layer.mlp.router.weight.device)
-        layer.mlp.router.register_forward_hook(lambda _module, _inputs, out, ids=ids: (*out[:-1], ids))
+        layer.mlp.router.register_forward_hook(
+            lambda _module, _inputs, out, ids=ids: (*out[:-1], ids.repeat(len(out[-1]) // len(ids), 1))
+        )
 
 
 class Step:
@@ -147,13 +153,13 @@ def link_bound(link: float, described_bytes: int, tokens: int) -> float:
     return tokens / (2 * described_bytes / link)
 
 
-def median_of(step: Step, repeats: int, synchronise: Any) -> float:
+def median_of(run: Callable[[], object], repeats: int, synchronise: Callable[[], None]) -> float:
     """Median seconds of a step by the wall clock, after one that warms up."""
     seconds = []
     for turn in range(repeats + 1):
         synchronise()
         begun = time.perf_counter()
-        step.run()
+        run()
         synchronise()
         if turn:
             seconds.append(time.perf_counter() - begun)

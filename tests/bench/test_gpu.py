@@ -21,6 +21,7 @@ from foedus_kernels.testing import assert_close
 from foedus_model.presets import preset
 from foedus_model.synthesise import shaped
 from support.once_clock import OnceClock
+from torch.nn import functional
 
 BENCH = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -99,6 +100,8 @@ def test_the_page_has_the_rows(bench: Any) -> None:
     by_rows = sum(4 if kernel.by_rows else 2 for kernel in KERNELS)
     assert len(cells) == by_rows + len(RECORD_KERNELS) * len(RECORDS)
     assert {cell.strip(" |") for row in cells for cell in row} == {"not measured", "-"}
+    private = [line.split(" | ") for line in written.splitlines() if "| <= 1." in line]
+    assert [line[2:] for line in private] == [["not measured"] * 4 + ["not measured |"]] * 6
 
 
 def test_a_measured_row_replaces_not_measured(bench: Any) -> None:
@@ -112,11 +115,16 @@ def test_a_measured_row_replaces_not_measured(bench: Any) -> None:
     }  # fmt: skip
     full = record | {"way": "stock full attention", "seconds": 4e-3}
     step = {"step": "20b, 2,048 tokens", "seconds": 0.2, "tokens_a_second": 10240.0, "peak_bytes": 16_500_000_000}
-    text = bench("gpu").table([row, record, full], [step])
+    private = {
+        "step": "20b, attention, packed", "seconds": 0.84, "over_plain": 1.2, "gradients_over_plain": 1.05,
+        "tokens_a_second": 9752.4, "peak_bytes": 15_200_000_000, "plain_peak_bytes": 15_000_000_000,
+    }  # fmt: skip
+    text = bench("gpu").table([row, record, full], [step, private])
     assert "| K1 experts, forward | gpt-oss-20b | 256 | 1,000 | not measured |" in text
     assert "| 900 | 52% of FLOP/s | 2.00 GB |" in text
     assert "| K5 record, forward | 16,384 | 500 | not measured | 4,000 | 600 | 40% of FLOP/s | 1.00 GB |" in text
     assert "| 10,240 | 16.50 GB |" in text
+    assert "| 20b, attention, packed | <= 1.10 | 1.20 | 1.05 | 9,752 | 15.20 GB | 15.00 GB |" in text
 
 
 @pytest.mark.parametrize(
@@ -266,9 +274,87 @@ def test_a_whole_step_runs_small(bench: Any, streamed: int) -> None:
     steps = bench("gpu_steps")
     config = shaped("tiny", layers=2, experts=4, vocabulary=300) | {"tie_word_embeddings": False}
     step = steps.Step(config, 64, device=CPU, dtype=torch.float32, streamed=streamed)
-    assert steps.median_of(step, 1, lambda: None) > 0
+    assert steps.median_of(step.run, 1, lambda: None) > 0
     step.close()
     assert "dequantised" in step.path
+
+
+TINY = shaped("tiny", layers=2, experts=4, vocabulary=300) | {"tie_word_embeddings": False}
+
+
+def private_step(bench: Any, targets: str, packed: bool, **options: float) -> Any:
+    """The bench's way over six units of 24 tokens, always with the same weights."""
+    private = bench("gpu_private")
+    case = private.PrivateCase(name="-", preset="-", targets=targets, packed=packed, goal="-", units=6, tokens=24)
+    torch.manual_seed(1)
+    return private.PrivateStep(TINY, case, device=CPU, dtype=torch.float32, **options)
+
+
+def loop_of_single_units(step: Any) -> np.ndarray:
+    """Each unit by itself, by the library's logits and loss.  # float64 (U, d)"""
+    rows = []
+    for unit in step.units:
+        tokens = torch.from_numpy(unit.records[0].tokens.astype(np.int64))
+        logits = step.adapter.model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+        found = torch.autograd.grad(functional.cross_entropy(logits, tokens[1:]), step.adapter.trained)
+        rows.append(torch.cat([part.flatten().double() for part in found]).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("targets", ["attention", "experts-shared", "experts"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_private_row_is_a_private_step(bench: Any, targets: str, packed: bool) -> None:
+    """Its vector is the clipped sum of a loop of single units, and the noise that was asked for around it."""
+    single = loop_of_single_units(private_step(bench, targets, packed))
+    norms = np.linalg.norm(single, axis=1)
+    clip, noise = float(np.median(norms)), 1e-5  # A grid has no room for much less noise.
+    step = private_step(bench, targets, packed, l2_clip_norm=clip, noise_multiplier=noise)
+    plain = np.concatenate([one.flatten().numpy() for one in step.plain()])
+    assert np.linalg.norm(plain - single.mean(0)) <= 1e-5 * np.linalg.norm(plain)
+
+    result = step.private()
+    assert (result.sampled_units, result.clipped_units, result.dropped_units) == (6, 3, 0)
+    wanted = (single * np.minimum(1.0, clip * (1.0 - 1e-4) / norms)[:, None]).sum(0) / (6 * clip)
+    stddev = noise / 6
+    apart = result.vector.astype(np.float64) - wanted
+    # Of some 10,000 Gaussians one is farther than seven deviations with probability 3e-8.
+    assert 2 / 3 * stddev < float(apart.std()) < 3 / 2 * stddev
+    assert np.abs(apart).max() < 7 * stddev + 1e-6
+    assert np.linalg.norm(wanted - single.mean(0) / clip) > 0.01 * np.linalg.norm(wanted), "clipping must matter here"
+
+
+def test_packed_units_share_a_forward_and_others_do_not(bench: Any) -> None:
+    private = bench("gpu_private")
+    for packed, forwards in ((True, [4, 2]), (False, [1] * 6)):
+        step, batches = private_step(bench, "experts", packed), []
+        step.adapter.model.model.register_forward_pre_hook(
+            lambda module, args, given, batches=batches: batches.append(len(given["input_ids"])), with_kwargs=True
+        )
+        for run, wanted in ((step.plain, [4, 2]), (step.gradients, forwards), (step.private, forwards)):
+            batches.clear()
+            run()
+            assert batches == wanted
+        found = private.measured(step, OnceClock(), 1)
+        assert found["over_plain"] == found["seconds"] / found["plain_seconds"] > 0
+        json.dumps(found)
+
+
+def test_a_private_row_says_its_figures_or_why_not(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = bench("gpu")
+    case = gpu.PRIVATE_STEPS[0]
+    monkeypatch.setattr(gpu, "PrivateStep", lambda *_, **__: private_step(bench, "attention", True))
+    row = gpu.private_row(case, OnceClock(), CPU, 1)
+    assert row["tokens_a_second"] == 16 * 512 / row["seconds"]
+    assert row["peak_bytes"] == row["plain_peak_bytes"] == 10**9
+    assert "dequantised" in row["path"]
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "PrivateStep", out_of_memory)
+    row = gpu.private_row(case, OnceClock(), CPU, 1)
+    assert (row["seconds"], row["why"]) == (None, "OutOfMemoryError: CUDA out of memory")
+    assert f"| {case.name} | <= 1.10 | not measured |" in gpu.table([], [row])
 
 
 def test_the_memory_of_a_way_is_that_of_its_turns_and_no_way_holds_anothers(
