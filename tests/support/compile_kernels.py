@@ -70,26 +70,36 @@ def _experts() -> list[Case]:
         down = shape | {"N": 2880, "CHOICES": 0}
         found += [
             Case(
-                f"gate_up, {name}", "experts._forward_kernel", forward, shape | pairs | {"ACTIVATED": True} | tile, *how
+                f"gate_up, {name}",
+                "experts_kernels.forward_kernel",
+                forward,
+                shape | pairs | {"ACTIVATED": True} | tile,
+                *how,
             ),
-            Case(f"down, {name}", "experts._forward_kernel", forward, down | pairs | {"ACTIVATED": False} | tile, *how),
+            Case(
+                f"down, {name}",
+                "experts_kernels.forward_kernel",
+                forward,
+                down | pairs | {"ACTIVATED": False} | tile,
+                *how,
+            ),
             Case(
                 f"adjoint of down, {name}",
-                "experts._adjoint_kernel",
+                "experts_kernels.adjoint_kernel",
                 adjoint,
                 down | {"CHOICES": 4} | pairs | tile,
                 *how,
             ),
             Case(
                 f"adjoint of gate_up, {name}",
-                "experts._adjoint_kernel",
+                "experts_kernels.adjoint_kernel",
                 adjoint,
                 shape | {"CHOICES": 0} | pairs | tile,
                 *how,
             ),
             Case(
                 f"narrow, {name}",
-                "experts._narrow_kernel",
+                "experts_kernels.narrow_kernel",
                 f"*{name} *{name} {routed} *{name}",
                 {"E": 128, "K": 2880, "CHOICES": 4, "ALONG": 1, "ACROSS": 2880, "ROWS": blocks.rows}
                 | pairs
@@ -98,7 +108,7 @@ def _experts() -> list[Case]:
             ),
             Case(
                 f"combine, {name}",
-                "experts._combine_kernel",
+                "experts_kernels.combine_kernel",
                 f"*{name} *i64 *fp32 *{name}",
                 {"K": 2880, "CHOICES": 4, "WEIGHTED": True, "COLUMNS": 1024},
                 4,
@@ -106,7 +116,7 @@ def _experts() -> list[Case]:
             ),
             Case(
                 f"slopes, {name}",
-                "experts._slopes_kernel",
+                "experts_kernels.slopes_kernel",
                 f"*{name} *{name} *{name} *{name} *fp32 *i64 *i64 *{name} *{name} *fp32 fp32 fp32",
                 {"N": 2880, "K": 2880, "CHOICES": 4, "KEPT": True, "COLUMNS": 1024},
                 4,
@@ -178,10 +188,10 @@ def _log_sparse() -> list[Case]:
         if kernel == "decode":
             del constants["FOLD"]
         label = f"log-sparse {kernel}{', chunks' if more.get('CHUNKS') else ''}, bf16"
-        found.append(Case(label, f"log_sparse._{kernel}_kernel", types, constants, *how))
+        found.append(Case(label, f"log_sparse_kernels.{kernel}_kernel", types, constants, *how))
     shape = {"BLOCK": 64, "TILE": 64, "FIRST": 1, "SPLIT": 16, "WIDTH": 64, "TILE_WIDTH": 64}
     chunks = Case(
-        "log-sparse sums, bf16", "log_sparse._chunks_kernel", "*bf16 *bf16 *fp32 *i64 i32 i32 fp32", shape, 4, 3
+        "log-sparse sums, bf16", "log_sparse_kernels.chunks_kernel", "*bf16 *bf16 *fp32 *i64 i32 i32 fp32", shape, 4, 3
     )
     return [*found, chunks]
 

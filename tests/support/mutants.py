@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 
 def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     """A copy of a module in which `new` stands for `old`, which must be there exactly once.
@@ -23,3 +25,14 @@ def mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
+
+
+def faulty(launchers: ModuleType, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Launchers with one fault, either in their own module or in the device code that it calls `kernels`.
+
+    The second stays in place until the test is over, also where the launchers are reached by another way.
+    """
+    if old in Path(str(launchers.__file__)).read_text(encoding="utf-8"):
+        return mutant(launchers, old, new, folder)
+    monkeypatch.setattr(launchers, "kernels", mutant(launchers.kernels, old, new, folder))
+    return launchers

@@ -1,14 +1,11 @@
 """K1 and K2 in Triton: a layer of experts over packed MXFP4, forward and backward, no decoded matrix in memory.
 
-A program multiplies a tile of one expert's rows with a tile of that expert's matrix, which it decodes on the way
-(`mxfp4.decode_tile`): 17 bytes of memory for 32 values. The same bytes serve both directions, since a tile [outs, ins]
-is the right-hand operand of ``y W`` as it lies, and turned over that of ``x W^T``::
+What one program does stands in `experts_kernels.py`; here is what a call of the layer launches, and in what order::
 
-    _forward_kernel   gather, x W^T, + scale (x A^T) B^T, + bias; for gate_up also the clamped SwiGLU of the tile
-    _adjoint_kernel   gather, g W, + scale (g B) A
-    _narrow_kernel    x A^T or g B: (S, R), R padded to 16
-    _combine_kernel   a token's rows, in the order of its choices, times their weights
-    _slopes_kernel    a row of g W_down through the SwiGLU's slopes, and the gradient of its weight
+    forward    x A^T; x W^T of gate_up, with all that follows it up to the SwiGLU; the same of down; each token's sum
+    backward   g B; g W of down; the SwiGLU's slopes and the weights' gradient; g B and g W of gate_up; each token's sum
+
+and between them K3 (`clip.py`) for the gradients of the pairs that train.
 
 Saved for the backward is what the reference saves, gate and up of each row. Bytes and FLOPs of a layer of gpt-oss-120b
 (128 experts, 2880 wide, packed 1.69 GB), forward (K1) and backward (K2), which reads the same matrices; floors on an
@@ -44,12 +41,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from foedus_kernels import backend
 from foedus_kernels.device import clip
+from foedus_kernels.device import experts_kernels as kernels
 from foedus_kernels.device.guard import on_its_device
-from foedus_kernels.device.mxfp4 import decode_tile
 from foedus_kernels.device.tiles import Tiles, tiles_of, unit_offsets
 from foedus_kernels.expert_lora import Pair
 from foedus_kernels.mxfp4 import Mxfp4Weights
@@ -57,7 +53,7 @@ from foedus_kernels.weights import ExpertWeights
 
 _ALIGNMENT = 16  # Bytes: rows elsewhere are copied, so that one compiled code, with one order of sums, serves all.
 _MOST_PROGRAMS = 2**31 - 1  # Of a launch's first axis.
-_COLUMNS = 1024  # At once, of `_combine_kernel` and `_slopes_kernel`. Not measured.
+_COLUMNS = 1024  # At once, of `combine_kernel` and `slopes_kernel`. Not measured.
 _RANK = 16  # A product needs 16 of each axis.
 
 
@@ -79,291 +75,6 @@ def blocks_of(inner: int, dtype: torch.dtype) -> Blocks:
     if dtype == torch.float32:
         return Blocks(rows=16, columns=64, inner=32, warps=4, stages=2)
     return Blocks(rows=128, columns=128, inner=64 if inner % 64 == 0 else 32, warps=8, stages=3)
-
-
-@triton.jit
-def _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES: tl.constexpr, ROWS: tl.constexpr):
-    """A tile's rows in the sorted buffer, which of them there are, and their (token, choice)s: int64 (ROWS,)."""
-    row = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
-    there = row < tl.load(offsets_ptr + expert + 1)
-    return row, there, tl.load(order_ptr + row, mask=there, other=0)
-
-
-@triton.jit
-def _forward_kernel(
-    rows_ptr,
-    blocks_ptr,
-    scales_ptr,
-    bias_ptr,
-    low_ptr,
-    b_ptr,
-    order_ptr,
-    expert_ptr,
-    first_ptr,
-    offsets_ptr,
-    out_ptr,
-    inner_ptr,
-    scale,
-    alpha,
-    limit,
-    E: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    SHARED: tl.constexpr,
-    ACTIVATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """A tile of ``x W^T``. CHOICES > 0: rows are tokens, gathered. ACTIVATED: columns are gate and up in turn."""
-    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(0) // across
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if expert >= E:
-        return
-    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
-    source = row
-    if CHOICES > 0:
-        source = chosen // CHOICES
-    dtype = rows_ptr.dtype.element_ty
-    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < N
-    k = tl.arange(0, INNER)
-    matrix = expert * N + column
-    rows_at = rows_ptr + source[:, None] * K + k[None, :]  # (ROWS, INNER)
-    codes_at = blocks_ptr + matrix[:, None] * (K // 2) + tl.arange(0, INNER // 2)[None, :]
-    scales_at = scales_ptr + matrix[:, None] * (K // 32) + tl.arange(0, INNER // 32)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for _ in range(0, K, INNER):
-        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
-        codes = tl.load(codes_at, mask=inside[:, None], other=0)
-        scales = tl.load(scales_at, mask=inside[:, None], other=0)
-        weights = decode_tile(codes, scales, COLUMNS, INNER, dtype)
-        total = tl.dot(rows, tl.trans(weights), total, input_precision="ieee")
-        rows_at += INNER
-        codes_at += INNER // 2
-        scales_at += INNER // 32
-    if RANK > 0:
-        r = tl.arange(0, PADDED)
-        low = tl.load(low_ptr + row[:, None] * PADDED + r[None, :], mask=there[:, None], other=0.0)
-        pair = matrix - expert * N if SHARED else matrix
-        b_at = b_ptr + pair[:, None] * RANK + r[None, :]  # (COLUMNS, PADDED)
-        b = tl.load(b_at, mask=inside[:, None] & (r < RANK)[None, :], other=0.0)
-        total += scale * tl.dot(low, tl.trans(b), input_precision="ieee")
-    bias = tl.load(bias_ptr + matrix, mask=inside, other=0.0).to(tl.float32)
-    result = (total + bias[None, :]).to(dtype)
-    tl.store(out_ptr + row[:, None] * N + column[None, :], result, mask=there[:, None] & inside[None, :])
-    if ACTIVATED:
-        # From the rounded values, which are what the backward has.
-        gate, up = tl.split(tl.reshape(result.to(tl.float32), (ROWS, COLUMNS // 2, 2)))
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-        inner = (up + 1.0) * gate * _sigmoid(alpha * gate)
-        half = tl.program_id(0) % across * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        at = inner_ptr + row[:, None] * (N // 2) + half[None, :]
-        tl.store(at, inner.to(dtype), mask=there[:, None] & (half < N // 2)[None, :])
-
-
-@triton.jit
-def _adjoint_kernel(
-    rows_ptr,
-    blocks_ptr,
-    scales_ptr,
-    outer_ptr,
-    a_ptr,
-    order_ptr,
-    expert_ptr,
-    first_ptr,
-    offsets_ptr,
-    out_ptr,
-    scale,
-    E: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    SHARED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """A tile of ``g W``. CHOICES > 0: rows are tokens, gathered."""
-    across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(0) // across
-    part = tl.program_id(0) % across
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if expert >= E:
-        return
-    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
-    source = row
-    if CHOICES > 0:
-        source = chosen // CHOICES
-    dtype = rows_ptr.dtype.element_ty
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < K
-    code = part * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-    group = part * (COLUMNS // 32) + tl.arange(0, COLUMNS // 32)
-    n = tl.arange(0, INNER)
-    matrix = expert * N + n
-    rows_at = rows_ptr + source[:, None] * N + n[None, :]  # (ROWS, INNER)
-    codes_at = blocks_ptr + matrix[:, None] * (K // 2) + code[None, :]
-    scales_at = scales_ptr + matrix[:, None] * (K // 32) + group[None, :]
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for _ in range(0, N, INNER):
-        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
-        codes = tl.load(codes_at, mask=(code < K // 2)[None, :], other=0)
-        scales = tl.load(scales_at, mask=(group < K // 32)[None, :], other=0)
-        total = tl.dot(rows, decode_tile(codes, scales, INNER, COLUMNS, dtype), total, input_precision="ieee")
-        rows_at += INNER
-        codes_at += INNER * (K // 2)
-        scales_at += INNER * (K // 32)
-    if RANK > 0:
-        r = tl.arange(0, PADDED)
-        outer = tl.load(outer_ptr + row[:, None] * PADDED + r[None, :], mask=there[:, None], other=0.0)
-        pair = r.to(tl.int64) if SHARED else expert * RANK + r
-        a_at = a_ptr + pair[:, None] * K + column[None, :]  # (PADDED, COLUMNS)
-        a = tl.load(a_at, mask=(r < RANK)[:, None] & inside[None, :], other=0.0)
-        total += scale * tl.dot(outer, a, input_precision="ieee")
-    at = out_ptr + row[:, None] * K + column[None, :]
-    tl.store(at, total.to(dtype), mask=there[:, None] & inside[None, :])
-
-
-@triton.jit
-def _slopes_kernel(
-    adjoint_ptr,
-    gate_up_ptr,
-    grad_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    order_ptr,
-    out_ptr,
-    inner_ptr,
-    by_weight_ptr,
-    alpha,
-    limit,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    KEPT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """A row of ``g W_down`` through the SwiGLU: the gradients of its gate and up, and of its weight.
-
-    The weight's is ``<g W_down, inner> + <g, b>``. KEPT: what gate and up gave is written too.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    chosen = tl.load(order_ptr + row)
-    weight = tl.load(weights_ptr + chosen)
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(0, N, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        both = 2 * start + tl.arange(0, 2 * COLUMNS)
-        adjoint = tl.load(adjoint_ptr + row * N + column, mask=column < N, other=0.0).to(tl.float32)
-        gate_up = tl.load(gate_up_ptr + row * (2 * N) + both, mask=both < 2 * N, other=0.0).to(tl.float32)
-        raw_gate, raw_up = tl.split(tl.reshape(gate_up, (COLUMNS, 2)))
-        gate = tl.minimum(raw_gate, limit)
-        up = tl.minimum(tl.maximum(raw_up, -limit), limit) + 1.0
-        sigmoid = _sigmoid(alpha * gate)
-        glu = gate * sigmoid
-        total += adjoint * (glu * up)
-        if KEPT:
-            tl.store(inner_ptr + row * N + column, (glu * up).to(inner_ptr.dtype.element_ty), mask=column < N)
-        adjoint *= weight
-        # A clamp passes the gradient at its limit, as torch's does.
-        slope = sigmoid * (1.0 + alpha * gate * (1.0 - sigmoid))
-        by_gate = tl.where(raw_gate > limit, 0.0, adjoint * up * slope)
-        by_up = tl.where(tl.abs(raw_up) > limit, 0.0, adjoint * glu)
-        result = tl.reshape(tl.join(by_gate, by_up), (2 * COLUMNS,))
-        tl.store(out_ptr + row * (2 * N) + both, result.to(out_ptr.dtype.element_ty), mask=both < 2 * N)
-    grad_at = grad_ptr + chosen // CHOICES * K
-    bias_at = bias_ptr + tl.load(ids_ptr + chosen) * K
-    for start in range(0, K, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        grad = tl.load(grad_at + column, mask=column < K, other=0.0).to(tl.float32)
-        total += grad * tl.load(bias_at + column, mask=column < K, other=0.0).to(tl.float32)
-    tl.store(by_weight_ptr + chosen, tl.sum(total, 0))
-
-
-@triton.jit
-def _sigmoid(x):
-    """Of float32, without an overflow on the way that would matter: exp(-x) may be infinite, its reciprocal is 0."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _narrow_kernel(
-    rows_ptr,
-    matrix_ptr,
-    order_ptr,
-    expert_ptr,
-    first_ptr,
-    offsets_ptr,
-    out_ptr,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    RANK: tl.constexpr,
-    PADDED: tl.constexpr,
-    SHARED: tl.constexpr,
-    ALONG: tl.constexpr,
-    ACROSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """``x M`` with a narrow M of each expert, or one of all; ALONG and ACROSS are its strides by K and by R."""
-    tile = tl.program_id(0)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    if expert >= E:
-        return
-    row, there, chosen = _tile_rows(tile, expert, order_ptr, first_ptr, offsets_ptr, CHOICES, ROWS)
-    source = row
-    if CHOICES > 0:
-        source = chosen // CHOICES
-    k = tl.arange(0, INNER)
-    r = tl.arange(0, PADDED)
-    rows_at = rows_ptr + source[:, None] * K + k[None, :]
-    matrix_at = matrix_ptr + k[:, None] * ALONG + r[None, :] * ACROSS
-    if not SHARED:
-        matrix_at += expert * (K * RANK)
-    total = tl.zeros((ROWS, PADDED), dtype=tl.float32)
-    for _ in range(0, K, INNER):
-        rows = tl.load(rows_at, mask=there[:, None], other=0.0)
-        matrix = tl.load(matrix_at, mask=(r < RANK)[None, :], other=0.0)
-        total = tl.dot(rows, matrix, total, input_precision="ieee")
-        rows_at += INNER
-        matrix_at += INNER * ALONG
-    at = out_ptr + row[:, None] * PADDED + r[None, :]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=there[:, None])
-
-
-@triton.jit
-def _combine_kernel(
-    rows_ptr,
-    places_ptr,
-    weights_ptr,
-    out_ptr,
-    K: tl.constexpr,
-    CHOICES: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Some columns of a token: its rows, times their weights, in the order of its choices."""
-    across: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    token = (tl.program_id(0) // across).to(tl.int64)
-    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for choice in range(CHOICES):
-        place = tl.load(places_ptr + token * CHOICES + choice)
-        values = tl.load(rows_ptr + place * K + column, mask=column < K, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            values *= tl.load(weights_ptr + token * CHOICES + choice)
-        total += values
-    tl.store(out_ptr + token * K + column, total.to(out_ptr.dtype.element_ty), mask=column < K)
 
 
 class _Layer(NamedTuple):
@@ -392,7 +103,7 @@ class _Layer(NamedTuple):
         out = rows.new_empty(self.tiles.order.shape[0], outs)
         low = None if pair is None else self.narrow(rows, pair.a.mT, gathered=gathered)  # (S, R)
         self._launch(
-            _forward_kernel,
+            kernels.forward_kernel,
             *(blocks, outs),
             *(rows, *_packed(stack), _ready(bias), *_or(rows, low, None if pair is None else pair.b)),
             *(*self.map(), out, rows if inner is None else inner, *self.constants()),
@@ -414,7 +125,7 @@ class _Layer(NamedTuple):
         blocks = blocks_of(outs, rows.dtype)
         out = rows.new_empty(self.tiles.order.shape[0], ins)
         self._launch(
-            _adjoint_kernel,
+            kernels.adjoint_kernel,
             *(blocks, ins),
             *(rows, *_packed(stack), *_or(rows, outer, None if pair is None else pair.a), *self.map(), out),
             *(self.scale, self.experts, outs, ins, self.choices if gathered else 0, *_rank(pair)),
@@ -439,7 +150,7 @@ class _Layer(NamedTuple):
         out, by_weight = torch.empty_like(gate_up), torch.empty_like(weights)
         rows, width = adjoint.shape
         columns = min(_COLUMNS, triton.next_power_of_2(max(width, grad.shape[1])))
-        _slopes_kernel[(_programs(rows),)](
+        kernels.slopes_kernel[(_programs(rows),)](
             *(adjoint, gate_up, grad, _ready(bias), weights, _ready(expert_ids), self.tiles.order),
             *(out, out if inner is None else inner, by_weight, self.alpha, self.limit),
             *(width, grad.shape[1], self.choices, inner is not None, columns),
@@ -452,7 +163,7 @@ class _Layer(NamedTuple):
         blocks = blocks_of(width, rows.dtype)
         padded = _padded(rank)
         out = rows.new_empty(self.tiles.order.shape[0], padded)
-        _narrow_kernel[(self.tiles.expert.shape[0],)](
+        kernels.narrow_kernel[(self.tiles.expert.shape[0],)](
             *(rows, matrix, *self.map(), out),
             *(self.experts, width, self.choices if gathered else 0, rank, padded, pairs == 1, *matrix.stride()[1:]),
             *(blocks.rows, blocks.inner),
@@ -466,7 +177,7 @@ class _Layer(NamedTuple):
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         tokens, width = out.shape
         columns = min(_COLUMNS, triton.next_power_of_2(width))
-        _combine_kernel[(_programs(tokens * triton.cdiv(width, columns)),)](
+        kernels.combine_kernel[(_programs(tokens * triton.cdiv(width, columns)),)](
             *(rows, self.tiles.places, rows if weights is None else weights, out),
             *(width, self.choices, weights is not None, columns),
         )

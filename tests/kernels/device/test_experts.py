@@ -13,7 +13,7 @@ from foedus_kernels.device.tiles import tiles_of, unit_offsets
 from foedus_kernels.expert_lora import ExpertLora
 from foedus_kernels.testing import assert_close
 from support.interpreted import sum_rows_alone
-from support.mutants import mutant
+from support.mutants import faulty
 
 E = 5
 ALLOWED = [0, 1, 3, 4]  # Expert 2 gets no row, whatever the draw.
@@ -340,7 +340,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_kernel_with_one_fault_is_seen(fault, place, close, tmp_path, monkeypatch) -> None:
-    wrong = mutant(device, *FAULTS[fault], tmp_path)
+    wrong = faulty(device, *FAULTS[fault], tmp_path, monkeypatch)
     monkeypatch.setattr(experts, "_fused", lambda: wrong)
     layer = layer_of(64, 32, place)
     hidden, ids, chosen = inputs_of(5, 64, 2, place)

@@ -12,7 +12,7 @@ from foedus_kernels.log_sparse import Pattern, TileCount, count_tiles, log_spars
 from foedus_kernels.testing import assert_close
 from support.attention import attention_inputs, dense_attention
 from support.attention import log_sparse as sees
-from support.mutants import mutant
+from support.mutants import faulty
 
 SCALE = 0.3
 SMALL = {"block": 16, "window": 3, "first": 1}
@@ -146,7 +146,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_fails_the_comparison(fault, place, close, tmp_path, monkeypatch) -> None:
     old, new, name = FAULTS[fault]
-    wrong = mutant(device, old, new, tmp_path)
+    wrong = faulty(device, old, new, tmp_path, monkeypatch)
     monkeypatch.setattr(wrong, "SPLIT", 2)
     given = inputs_of(1, 85, 85, place, heads=2, kv_heads=1)
     with pytest.raises(AssertionError, match=f"{name}: "):
