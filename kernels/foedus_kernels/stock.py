@@ -10,7 +10,11 @@ An attention sink is a piece with one logit and no value, so sinks, windows, cac
 this module. Differentiating through a fused kernel's LSE instead is wrong on back ends that drop its gradient.
 
 On a CPU the kernel is ATen's flash attention, on CUDA its memory-efficient one (which takes masks and float32); both
-use memory linear in the sequence. Left out: dropout, and masks that differ between rows or heads.
+use memory linear in the sequence. Left to itself, the backward on CUDA splits the keys by how many rows and heads a
+call has, and adds the parts to the queries' gradient in the order in which they are done: the same call twice has other
+bits, and a row's follow from who else is in the batch. Here it does not split, as under torch's deterministic
+algorithms; calls of few rows and heads then fill less of a GPU. Left out: dropout, and masks that differ between rows
+or heads.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import torch
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _CUDA = torch.ops.aten._scaled_dot_product_efficient_attention
-_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+_CUDA_BACKWARD = torch.ops.aten._efficient_attention_backward  # What the other one's calls, without a choice of splits.
+_NO_MASK, _CAUSAL = 0, 1  # Its masks: none, and query t sees the keys 0 to t.
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -126,15 +131,34 @@ def attend_backward(
         dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return dq, dk, dv
     _require_cuda(q)
+    return _backward_on_cuda(grad, q, k, v, out, lse, scale, mask, causal)
+
+
+def _backward_on_cuda(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    causal: bool,
+) -> Gradients:
     queries, padded = q.shape[2], -(-q.shape[2] // 32) * 32
     lse = torch.nn.functional.pad(lse, (0, padded - queries), value=float("inf"))
     keys, values = _every_head(k, q.shape[1]), _every_head(v, q.shape[1])
     if grad.stride(3) != 1:  # A sum's gradient is one number, expanded; the kernel takes rows side by side only.
         grad = grad.contiguous()
     seed = torch.zeros((), dtype=torch.int64, device="cpu")  # Of the dropout that there is none of.
+    turned = [x.transpose(1, 2) for x in (grad, q, keys, values, out)]  # (B, T, H, D)
     dq, dk, dv, _ = _CUDA_BACKWARD(
-        grad, q, keys, values, _bias(mask, q), out, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+        *(*turned[:4], _bias(mask, q), turned[4], None, None, queries, k.shape[2], lse, 0.0, seed, seed),
+        *(_CAUSAL if causal else _NO_MASK, False),
+        scale=scale,
+        num_splits_key=1,
     )
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     return dq, dk.view(*k.shape[:2], -1, *k.shape[2:]).sum(2), dv.view(*v.shape[:2], -1, *v.shape[2:]).sum(2)
 
 

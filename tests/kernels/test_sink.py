@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from foedus_kernels import sink
+from foedus_kernels import sink, stock
 from foedus_kernels.records import offsets_of_padding, records_of
 from foedus_kernels.sink import sink_attention_torch
 from support.attention import Inputs, attention_inputs, dense_attention, everything, last, peak_bytes
@@ -120,6 +120,39 @@ def test_records_of_padding() -> None:
         offsets_of_padding(torch.tensor([[1, 1, 1], [1, 0, 1]]).bool())
     with pytest.raises(ValueError, match="1 to 4 queries"):
         records_of(None, rows=1, keys=4, queries=5)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (None, False), (9, False)])
+def test_the_backward_on_cuda_takes_all_keys_in_one_split(
+    window: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's operator, stood in for by its arguments' meaning: split keys are added in no fixed order."""
+    q, k, v, _ = (x.detach() for x in attention_inputs(2, 37, 37, dtype=torch.float32))
+    mask = None if window is None else stock.band(37, 37, window, q)
+    out, lse = stock.attend(q, k, v, scale=SCALE, mask=mask, causal=causal)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3))
+    names = [one.name for one in stock._CUDA_BACKWARD.default._schema.arguments]
+
+    def operator(*given: Any, **named: Any) -> tuple[torch.Tensor | None, ...]:
+        known = dict(zip(names, given, strict=False)) | named
+        assert known.keys() <= set(names)
+        assert (known["num_splits_key"], known["dropout_p"], known["bias_requires_grad"]) == (1, 0.0, False)
+        assert (known["cu_seqlens_q"], known["max_seqlen_q"], known["max_seqlen_k"]) == (None, 37, 37)
+        assert known["logsumexp"].shape == (2, 4, 64)
+        tensors = (known[name].transpose(1, 2) for name in ("grad_out_", "query", "key", "value", "out"))
+        bias = known["bias"]
+        found = stock._CPU_BACKWARD(
+            *(*tensors, known["logsumexp"][..., :37], 0.0, {0: False, 1: True}[known["custom_mask_type"]]),
+            attn_mask=None if bias is None else bias[0, 0],
+            scale=known["scale"],
+        )
+        return *(one.transpose(1, 2) for one in found), None
+
+    monkeypatch.setattr(stock, "_CUDA_BACKWARD", operator)
+    got = stock._backward_on_cuda(grad, q, k, v, out, lse, SCALE, mask, causal)
+    want = stock.attend_backward(grad, q, k, v, out, lse, scale=SCALE, mask=mask, causal=causal)
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

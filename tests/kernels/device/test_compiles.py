@@ -13,8 +13,13 @@ from support.compile_kernels import cases, narrow_offsets
 
 TESTS = Path(__file__).parents[2]
 
-# Bytes that may spill. Three registers outside the loop, where twice as many warps would do every product twice.
-SPILLED = {("log-sparse keys, bf16", 80): 24}
+# Bytes that may spill: up to three registers by Triton 3.9 and eight by 3.6, which the assemblers that they bring place
+# outside the loop, where twice as many warps would do every product twice. None on sm_90.
+SPILLED = {
+    ("log-sparse keys, bf16", 80): 32,
+    ("log-sparse keys, bf16", 100): 8,
+    ("log-sparse keys, chunks, bf16", 80): 8,
+}
 
 
 @pytest.fixture(scope="module")

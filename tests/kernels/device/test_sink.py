@@ -24,6 +24,24 @@ def test_equals_the_cpu(window, queries, offsets, place, close) -> None:
         assert_close(got, want, **close, what=name)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_rows_bits_twice_alone_and_among_others(window, place) -> None:
+    """Forward and backward, of rows long enough for several tiles of keys."""
+    made = attention_inputs(5, 700, 700, heads=8, width=16, dtype=torch.float32)
+    given = [x.detach().to(place[1]).to(place[0]) for x in made]
+    upstream = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1)).to(given[0])
+
+    def found(*rows: int) -> list[torch.Tensor]:
+        own = [x[list(rows)].requires_grad_() for x in given[:3]]
+        out = sink_attention_torch(*own, given[3], scale=0.25, window=window)
+        return [out.detach(), *torch.autograd.grad(out, own, upstream[list(rows)])]
+
+    together = found(0, 1, 2, 3, 4)
+    for again, row in ((found(0, 1, 2, 3, 4), 2), (found(4, 3, 2), 2), (found(2), 0)):
+        for name, one, other in zip(["out", "q", "k", "v"], again, together, strict=True):
+            assert torch.equal(one[row], other[2]), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 128])
 def test_memory_grows_like_the_sequence(window) -> None:
