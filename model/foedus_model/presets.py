@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from foedus_protocols.errors import ConfigError
-from foedus_protocols.original import MXFP4
+from foedus_protocols.original import MXFP4, layer_types
 
 TINY = Path(__file__).parent / "tiny"
 """The base that the package ships, of the shape `tiny`."""
-
-
-def _layer_types(layers: int) -> list[str]:
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
 
 
 def _gpt_oss(*, layers: int, experts: int) -> dict[str, Any]:
@@ -37,7 +33,7 @@ def _gpt_oss(*, layers: int, experts: int) -> dict[str, Any]:
         "hidden_size": 2880,
         "initializer_range": 0.02,
         "intermediate_size": 2880,
-        "layer_types": _layer_types(layers),
+        "layer_types": layer_types(layers),
         "max_position_embeddings": 131072,
         "num_attention_heads": 64,
         "num_experts_per_tok": 4,
@@ -89,7 +85,7 @@ def tiny(
         "hidden_size": 128,
         "initializer_range": 0.02,
         "intermediate_size": 128,
-        "layer_types": _layer_types(4),
+        "layer_types": layer_types(4),
         "max_position_embeddings": 2048,
         "num_attention_heads": 4,
         "num_experts_per_tok": 2,
@@ -117,7 +113,7 @@ def _moe_16e_32k() -> dict[str, Any]:
     """
     return _gpt_oss(layers=36, experts=16) | {
         "intermediate_size": 23680,
-        "layer_types": ["log_sparse_attention" if layer % 2 else "sliding_attention" for layer in range(36)],
+        "layer_types": layer_types(36, odd="log_sparse_attention"),
         "log_sparse_pattern": {"block": 64, "window": 3, "first": 1},
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},

@@ -79,7 +79,7 @@ def to_released(config: Mapping[str, Any]) -> dict[str, Any]:
         **ids,
         "num_local_experts": described["num_experts"],
         "num_experts_per_tok": described["experts_per_token"],
-        "layer_types": _layer_types(described["num_hidden_layers"]),
+        "layer_types": layer_types(described["num_hidden_layers"]),
         "swiglu_limit": float(described["swiglu_limit"]),
         "max_position_embeddings": int(context * factor),
         "rope_parameters": _rope(described, factor),
@@ -130,6 +130,11 @@ def to_original(config: Mapping[str, Any]) -> dict[str, Any]:
     return original
 
 
+def layer_types(layers: int, *, odd: str = "full_attention") -> list[str]:
+    """What gpt-oss's layers attend with: sliding layers at even positions, and `odd` between them."""
+    return [odd if layer % 2 else "sliding_attention" for layer in range(layers)]
+
+
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary positions, in the newer spelling or the released files' (``rope_scaling`` beside ``rope_theta``)."""
     if config.get("rope_parameters"):
@@ -142,10 +147,6 @@ _SAID_BY_THE_PROGRAM = (
     "layer_types", "max_position_embeddings", "rope_parameters", "attention_bias", "rms_norm_eps",
     "tie_word_embeddings",
 )  # fmt: skip
-
-
-def _layer_types(layers: int) -> list[str]:
-    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
 
 
 def _rope(described: Mapping[str, Any], factor: float) -> dict[str, Any]:
