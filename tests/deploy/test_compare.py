@@ -49,12 +49,12 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def _charter(plan: Plan) -> Charter:
+def _charter(plan: Plan, **adapter: Any) -> Charter:
     roster: Any = SimpleNamespace(
         digest="0" * 64, member=lambda org: SimpleNamespace(signing_key=public_hex(generate_signing_key()))
     )
     return draft(
-        plan.charter() | {"adapter": {"rank": 2}}, federation="test", roster=roster, now=1_000_000,
+        plan.charter() | {"adapter": {"rank": 2, **adapter}}, federation="test", roster=roster, now=1_000_000,
         base_digest=read_manifest(TINY).digest, base_config=read_config(TINY), base_name="tiny",
     )  # fmt: skip
 
@@ -77,8 +77,12 @@ def _variant(charter: Charter, folder: Path, vector: np.ndarray[Any, Any]) -> Pa
     return folder
 
 
-def _compare(plan: Plan, charter: Charter, tmp_path: Path) -> dict[str, Any]:
-    variant = _variant(charter, tmp_path / "variant", np.zeros(charter.adapter.length, np.float32))
+def _compare(
+    plan: Plan, charter: Charter, tmp_path: Path, vector: np.ndarray[Any, Any] | None = None
+) -> dict[str, Any]:
+    """The comparison, whose variant is zeros where no other vector is given."""
+    zeros = np.zeros(charter.adapter.length, np.float32)
+    variant = _variant(charter, tmp_path / "variant", zeros if vector is None else vector)
     said: list[str] = []
     return compare(charter, plan.organisations, variant, TINY, folder=tmp_path, seed=0, say=said.append)
 
@@ -100,6 +104,22 @@ def test_every_row_is_trained_and_measured_on_the_same_units(data: Path, tmp_pat
     show_comparison(result, Console(file=shown, width=250))
     assert "pooled" in shown.getvalue()
     assert "costs its epsilon again" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(("targets", "pairs"), [("experts-shared", 1), ("experts", 16)])
+def test_pairs_on_experts_are_trained_and_measured_too(
+    data: Path, tmp_path: Path, make_terms: Any, targets: str, pairs: int
+) -> None:
+    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    charter = _charter(plan, targets=targets, layers=[1])
+    layout = charter.adapter.layout(read_config(TINY))
+    assert [tensor.shape for tensor in layout.trained()] == [(pairs, 256, 2), (pairs, 128, 2)]
+    vector = np.random.default_rng(0).normal(scale=0.02, size=layout.length).astype(np.float32)
+    result = _compare(plan, charter, tmp_path, vector)
+    loss = {name: one["loss"]["value"] for name, one in result["models"].items()}
+    assert abs(loss["federation"] - loss["base"]) > 1e-4  # The variant's folder gave its pairs.
+    assert all(loss[name] < loss["base"] - 0.001 for name in ("alone: north", "alone: south", "pooled"))
+    assert result["by_organisation"]["south"]["pooled"]["value"] < result["by_organisation"]["south"]["base"]["value"]
 
 
 class _Noting(Session):

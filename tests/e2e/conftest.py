@@ -29,8 +29,10 @@ def make_federation(tmp_path: Path) -> Iterator[MakeFederation]:
     """Create and start federations; whatever is still running at the end of the test is stopped."""
     started: list[LocalFederation] = []
 
-    def make(*, epsilon_cap: float = 8.0, log_format: str = "text", **changes: Any) -> tuple[LocalFederation, Plan]:
-        plan = plan_invented(tmp_path / "data", "medical", terms(**changes))
+    def make(
+        *, epsilon_cap: float = 8.0, log_format: str = "text", units: int = 600, **changes: Any
+    ) -> tuple[LocalFederation, Plan]:
+        plan = plan_invented(tmp_path / "data", "medical", terms(**changes), units=units)
         federation = LocalFederation(tmp_path / "federation", plan.organisations, shipped_base(), log_format=log_format)
         started.append(federation)
         budget = Budget(epsilon_cap=epsilon_cap, delta=1e-5, allow_unprotected=not plan.terms.private)
