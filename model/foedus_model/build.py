@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from foedus_kernels.mxfp4 import LARGEST_SCALE, SMALLEST_SCALE
 from foedus_protocols.errors import CheckpointError, ConfigError, FoedusError
-from foedus_protocols.manifest import quantisation_of, read_config, verify_config
+from foedus_protocols.manifest import base_files, layout_of, quantisation_of, read_config, verify_config
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from foedus_model.attention import gpt_oss_config
-from foedus_model.checkpoint import Checkpoint, open_checkpoint
+from foedus_model.checkpoint import Checkpoint, Contents, open_checkpoint, read_contents
 from foedus_model.experts import QuantisedExperts
 from foedus_model.linear import quantise_linears
 from foedus_model.memory import needs_of, require_memory
@@ -164,9 +164,25 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         ConfigError: It needs a part that this version does not have.
         CheckpointError: A tensor too few or too many, or of another shape or type.
     """
-    config = _model_config(checkpoint.config)
-    model = _on_meta(config, checkpoint.manifest.quantisation)
-    _check_specs(_expected(model, config), checkpoint.contents.specs, _stored(model))
+    _check_fit(checkpoint.config, checkpoint.contents)
+
+
+def check_folder(path: Path) -> None:
+    """`check_tensors` of a folder that has no manifest yet; only headers are read.
+
+    Raises:
+        ConfigError: As `check_tensors`.
+        CheckpointError: As `check_tensors`; or the folder is not complete, or a file is not valid safetensors.
+    """
+    weight_files = [name for name in base_files(path) if name.endswith(".safetensors")]
+    described = read_config(path)
+    _check_fit(described, read_contents(path, weight_files, described, layout_of(path)))
+
+
+def _check_fit(described: Mapping[str, Any], contents: Contents) -> None:
+    config = _model_config(described)
+    model = _on_meta(config, quantisation_of(described))
+    _check_specs(_expected(model, config), contents.specs, _stored(model))
 
 
 def _filled(

@@ -139,16 +139,6 @@ def read_contents(path: Path, file_names: list[str], config: Mapping[str, Any], 
     return Contents(specs={name: piece_spec(piece, found) for name, piece in where.items()}, files=files, pieces=where)
 
 
-def require_safetensors(path: Path) -> None:
-    """Look at the header of every weight file of a folder that has no manifest yet.
-
-    Raises:
-        CheckpointError: A file is truncated, or something else under the name of safetensors.
-    """
-    for file in sorted(path.glob("*.safetensors")):
-        read_specs(file)
-
-
 def write_checkpoint(
     path: Path,
     *,

@@ -56,9 +56,10 @@ def manifest(
     output: FormatOption = Format.text,
 ) -> None:
     """Write the manifest of a downloaded checkpoint, which makes it a base that a charter can name."""
-    from foedus_model.checkpoint import require_safetensors
+    from foedus_model.build import check_folder
 
-    require_safetensors(folder)
+    # A folder that no model can be loaded from gets no manifest: nothing must name it as a base.
+    check_folder(folder)
     written = write_manifest(folder, provenance={"source": source} if source else {})
     show(described(folder, written, verified=True), output)
 

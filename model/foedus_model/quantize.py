@@ -112,7 +112,8 @@ def convert(
         CheckpointError: A source that is quantised already, or does not fit its own configuration, or cannot be stored
             in this codec; a folder that is in use; too little room on the disk.
     """
-    out = out.absolute()  # `.` has no name of its own to put ``.part`` behind.
+    # `.` has no name of its own to put ``.part`` behind, and a link's place is not where its folder can be replaced.
+    out = out.resolve()
     into, held = codec(to), source.manifest.quantisation
     _refuse_rounded(source, to, requantise)
     check_tensors(source)

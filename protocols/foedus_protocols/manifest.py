@@ -183,30 +183,40 @@ def write_manifest(folder: Path, *, provenance: Mapping[str, Any]) -> Manifest:
     """Digest a checkpoint folder and write its ``manifest.json``, last and atomically.
 
     Raises:
-        CheckpointError: No configuration or weights, a shard that the index names is missing, or a pickle.
+        CheckpointError: As `base_files`.
     """
-    refuse_pickles(folder)
-    names = sorted(
-        path.name for path in folder.iterdir() if path.name in _COMPANIONS or path.name.endswith(".safetensors")
-    )
-    config = read_config(folder)
-    if not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"expected safetensors files in {folder}, got none")
-    for shard in sorted(set(read_index(folder).values())):
-        if shard not in names:
-            raise CheckpointError(f"{INDEX_FILE} names {shard}, which is not in {folder}; fetch it again")
+    names, quantisation = base_files(folder), quantisation_of(read_config(folder))
     sizes = {name: (folder / name).stat().st_size for name in names}
     with byte_progress(f"digesting {folder.name}", sum(sizes.values())) as advance:
         digests = {name: digest_file(folder / name, advance) for name in names}
     manifest = Manifest(
         files={name: FileEntry(digest=digests[name], size=sizes[name]) for name in names},
-        quantisation=quantisation_of(config),
+        quantisation=quantisation,
         provenance=provenance,
     )
     part = folder / f"{MANIFEST_FILE}.part"
     part.write_bytes(manifest.encode())
     os.replace(part, folder / MANIFEST_FILE)
     return manifest
+
+
+def base_files(folder: Path) -> list[str]:
+    """The files of a folder that make a base, sorted: weights, configuration, and what came with them.
+
+    Raises:
+        CheckpointError: No configuration or weights, a shard that the index names is missing, or a pickle.
+    """
+    refuse_pickles(folder)
+    read_config(folder)
+    names = sorted(
+        path.name for path in folder.iterdir() if path.name in _COMPANIONS or path.name.endswith(".safetensors")
+    )
+    if not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"expected safetensors files in {folder}, got none")
+    for shard in sorted(set(read_index(folder).values())):
+        if shard not in names:
+            raise CheckpointError(f"{INDEX_FILE} names {shard}, which is not in {folder}; fetch it again")
+    return names
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -155,6 +155,16 @@ def test_a_part_that_was_left_is_not_taken_over(dense: Path, tmp_path: Path) -> 
     assert (tmp_path / "out.part" / "kept").exists()
 
 
+def test_a_link_to_an_empty_folder_is_written_through(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place")
+    made = convert(open_checkpoint(dense), tmp_path / "link", to="nf4")
+    assert open_checkpoint(tmp_path / "place").digest == made.digest
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(("link", "place"))) == [
+        "link", "place",
+    ]  # fmt: skip
+
+
 def test_a_folder_in_use_is_refused(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept").write_text("mine")

@@ -82,3 +82,26 @@ def test_an_original_folder_is_adopted_and_described_in_the_same_words(
     theirs = _run("inspect", str(released))
     assert adopted["parts"] == theirs["parts"]
     assert adopted["num_local_experts"] == theirs["num_local_experts"] == 16
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("index", "which it does not; fetch both again"), ("shard", "missing .*; config and weights must come from one")],
+)
+def test_a_folder_that_no_model_loads_from_gets_no_manifest(
+    write_base: Callable[..., Path], damage: str, message: str
+) -> None:
+    folder = write_base(shard_bytes=200_000)
+    index = folder / "model.safetensors.index.json"
+    if damage == "index":
+        said = json.loads(index.read_text())
+        first, *_, last = sorted(said["weight_map"])
+        said["weight_map"][first] = said["weight_map"][last]
+        index.write_text(json.dumps(said))
+    else:
+        index.unlink()
+        max(folder.glob("*.safetensors")).unlink()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=message):
+        _run("manifest", str(folder))
+    assert not (folder / "manifest.json").exists()
