@@ -79,7 +79,7 @@ class QuantisedExperts(RoutedExperts):
         Raises:
             CheckpointError: Another quantisation, or a width that is not a multiple of its group.
         """
-        super().__init__(Gate(alpha=config.swiglu_alpha, limit=config.swiglu_limit))
+        super().__init__(gate_of(config))
         self._codec = codec(quantisation)
         experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
         for name, outs, ins in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
@@ -111,6 +111,18 @@ class QuantisedExperts(RoutedExperts):
     def _weights(self, stored: Mapping[str, torch.Tensor], name: str) -> ExpertWeights:
         first, second = (stored[f"{name}_{suffix}"] for suffix, _, _ in self._codec.parts)
         return self._codec.weights(first, second)
+
+
+def gate_of(config: Any) -> Gate:
+    """The activation's constants: gpt-oss's own where the configuration does not name them.
+
+    transformers 5.17 has them in its experts' code and no field for them; a later one fills its fields.
+    """
+    own = Gate()
+    return Gate(
+        alpha=getattr(config, "swiglu_alpha", own.alpha),
+        limit=getattr(config, "swiglu_limit", own.limit),
+    )
 
 
 def choose_path(

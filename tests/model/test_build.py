@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from foedus_kernels import mxfp4
+from foedus_kernels.experts import Gate
 from foedus_model import presets
 from foedus_model.build import _model_config, _on_meta, load_base, specs_of
-from foedus_model.experts import QuantisedExperts
+from foedus_model.experts import QuantisedExperts, gate_of
 from foedus_model.quantize import quantise
 from foedus_protocols.canonical import digest_file
 from foedus_protocols.errors import CheckpointError, ConfigError
@@ -134,6 +136,13 @@ def test_tensors_that_do_not_fit_are_refused(
     damage(tensors)
     with pytest.raises(CheckpointError, match=text):
         load_base(write_base(tensors=tensors))
+
+
+def test_the_activation_has_the_models_own_constants_where_a_configuration_has_none() -> None:
+    """transformers 5.17 has no field for them, and keeps one that a file has."""
+    assert gate_of(SimpleNamespace()) == Gate(alpha=1.702, limit=7.0)
+    assert gate_of(SimpleNamespace(swiglu_limit=5.0)) == Gate(alpha=1.702, limit=5.0)
+    assert gate_of(SimpleNamespace(swiglu_alpha=1.5, swiglu_limit=5.0)) == Gate(alpha=1.5, limit=5.0)
 
 
 def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> None:
