@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
-from foedus_protocols.manifest import TOKENIZER_FILE
+from foedus_protocols.manifest import TOKENIZER_FILE, read_config
 
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.units import RECORD, Columns, Units, parse_columns, parse_units
@@ -81,6 +81,9 @@ def _material(
     from foedus_client.datasets.load import load_dataset
     from foedus_client.evaluate import Material
 
+    longest = read_config(base).get("max_position_embeddings")
+    if isinstance(longest, int) and max_tokens > longest:
+        raise UsageError(f"expected --max-tokens up to {longest}, the base's longest text, got {max_tokens}; lower it")
     # Fixed, so that the same units are taken each time where --max-records leaves some out.
     split_key = hashlib.sha256(b"foedus/evaluate").digest()
     loaded = load_dataset(
@@ -96,7 +99,7 @@ def _material(
     both = sorted([*loaded.train, *loaded.heldout], key=lambda one: one.key_hash)
     material.add_units(_GROUP, both, max_records)
     harmony = Harmony.from_file(base / TOKENIZER_FILE)
-    for asked in read_questions(files, units=units, split_key=split_key, field=label):
+    for asked in read_questions(files, units=units, columns=columns, split_key=split_key, field=label):
         material.add_questions(_GROUP, asked, harmony, options=asked.options, max_tokens=max_tokens, most=max_records)
     return material
 

@@ -153,7 +153,7 @@ def _material(
         fair = [unit for unit in held[one.org].heldout if unit.key_hash not in shared[one.org]]
         left_out["units"] += len(held[one.org].heldout) - len(fair)
         material.add_units(one.org, fair, most)
-        for found in read_questions([one.file], units=one.unit, split_key=one.split_key):
+        for found in read_questions([one.file], units=one.unit, columns=_columns(one), split_key=one.split_key):
             out = [question for question in found.asked if is_held_out(question.key_hash)]
             kept = tuple(question for question in out if question.key_hash not in shared[one.org])
             left_out["questions"] += len(out) - len(kept)

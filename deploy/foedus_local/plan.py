@@ -22,6 +22,8 @@ from foedus_local.text import DOMAINS, write_demo_text
 
 _SPLIT_ATTEMPTS = 32
 _SPLIT_UNIT = "unit"  # The field of the files that `plan_split` writes.
+LEAST_ORGANISATIONS = 3
+"""What a policy asks for that nobody changed: two other members (`minimum_members`). Fewer would refuse each other."""
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 
 
@@ -149,14 +151,17 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
     """A demo on the user's own files: one file, one organisation.
 
     Raises:
-        DataError: No such folder, or fewer than two files in it.
+        DataError: No such folder, or fewer than three files in it.
         UsageError: A file's unit is not given, an option names no file, or two files give one name.
     """
     if not folder.is_dir():
         raise DataError(f"expected a folder with one data file for each organisation, got {folder}")
     files = sorted(path for path in folder.iterdir() if path.name.endswith(DATA_SUFFIXES))
-    if len(files) < 2:
-        raise DataError(f"expected at least two data files ({', '.join(DATA_SUFFIXES)}) in {folder}, got {len(files)}")
+    if len(files) < LEAST_ORGANISATIONS:
+        raise DataError(
+            f"expected at least {LEAST_ORGANISATIONS} data files ({', '.join(DATA_SUFFIXES)}) in {folder}, got "
+            f"{len(files)}: an organisation signs with two others at least"
+        )
     chosen, mapped = parse_units(units), parse_columns(columns)
     check_names(files, chosen, mapped)
     organisations = tuple(
@@ -194,11 +199,13 @@ def read_deal(files: Sequence[Path], orgs: int, units: Sequence[str], columns: S
         columns: ``--columns`` options.
 
     Raises:
-        UsageError: Fewer than two organisations.
+        UsageError: Fewer than three organisations.
         DataError: Fewer than two units for each of them, or a file cannot be read.
     """
-    if orgs < 2:
-        raise UsageError(f"expected at least two organisations, got {orgs}")
+    if orgs < LEAST_ORGANISATIONS:
+        raise UsageError(
+            f"expected at least {LEAST_ORGANISATIONS} organisations, got {orgs}: each signs with two others at least"
+        )
     chosen, mapped = parse_units(units), parse_columns(columns)
     check_names(files, chosen, mapped)
     lines: dict[str, list[str]] = {}

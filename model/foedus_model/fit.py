@@ -99,7 +99,7 @@ def fit(
         tokens: Tokens of the record, at least 2.
         answers: Tokens that have a loss, and so logits; None for all but the first.
         limit: Bytes that there are, or None.
-        dtype: The compute type; clients take float32.
+        dtype: The compute type, float32 or bfloat16.
         targets: What the adapter trains, as `adapter_layout` takes it.
         rank: Of the adapter, A fixed.
         driver: Bytes that are gone before the first tensor.

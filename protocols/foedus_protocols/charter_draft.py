@@ -164,6 +164,7 @@ def draft(
     """
     try:
         terms = CharterDraft.model_validate(dict(toml))
+        _within_the_models_text(terms.recipe.max_tokens, base_config)
         adapter, described = _adapter(terms.adapter, base_config)
         participants = tuple(_participant(one, terms, roster, described.length) for one in terms.participants)
         charter = Charter(
@@ -200,6 +201,15 @@ def draft(
     except VerificationError as error:
         raise ConfigError(str(error)) from error
     return charter
+
+
+def _within_the_models_text(max_tokens: int, base_config: Mapping[str, Any]) -> None:
+    """Beyond its positions a model computes on, and means nothing by it."""
+    longest = base_config.get("max_position_embeddings")
+    if isinstance(longest, int) and max_tokens > longest:
+        raise ConfigError(
+            f"expected recipe.max_tokens up to {longest}, the base's longest text, got {max_tokens}: lower it"
+        )
 
 
 def _participant(declared: DraftParticipant, terms: CharterDraft, roster: Roster, length: int) -> Participant:

@@ -83,7 +83,7 @@ def test_a_model_that_knows_is_right_and_one_that_always_says_the_same_is_the_ma
 ) -> None:
     harmony = Harmony.from_file(TINY / "tokenizer.json")
     tokenizer = harmony._tokenizer
-    (asked,) = read_questions([_labelled(tmp_path / "a.jsonl")], units="unit", split_key=b"k" * 32)
+    (asked,) = read_questions([_labelled(tmp_path / "a.jsonl")], units="unit", columns={}, split_key=b"k" * 32)
     material = Material()
     material.add_questions("", asked, harmony, options=asked.options, max_tokens=128, most=100)
 
@@ -153,6 +153,11 @@ def test_a_variant_without_privacy_is_called_that(model: Any, private: bool | No
     out = io.StringIO()
     show({**report({"base": measure(model, material)}, material), "private": private}, Console(file=out))
     assert ("NOT PRIVATE" in out.getvalue()) is said
+
+
+def test_command_refuses_records_that_are_longer_than_the_models_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="up to 2048, the base's longest text, got 2049"):
+        _run("--data", _labelled(tmp_path / "a.jsonl"), "--max-tokens", "2049")
 
 
 def test_command_refuses_two_files_of_one_name(tmp_path: Path) -> None:

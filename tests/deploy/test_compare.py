@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from foedus_client.session import Session
 from foedus_client.work import Setup, TrainTask
 from foedus_local import compare as module
 from foedus_local.compare import compare
-from foedus_local.plan import Plan, plan_data
+from foedus_local.plan import Plan, Terms, plan_data
 from foedus_local.report import show_comparison
 from foedus_model.attention import NAME
 from foedus_model.presets import TINY
@@ -47,6 +48,14 @@ def data(tmp_path: Path) -> Path:
         ]
         (folder / f"{org}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def _plan(folder: Path, terms: Terms) -> Plan:
+    """The folder's first two organisations; a third lies there because a demo wants three."""
+    rows = [{"case": str(unit), "text": f"Claim {unit}."} for unit in range(4)]
+    (folder / "west.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = plan_data(folder, ["case"], [], TINY, terms)
+    return replace(plan, organisations=plan.organisations[:2])
 
 
 def _charter(plan: Plan, **adapter: Any) -> Charter:
@@ -88,7 +97,7 @@ def _compare(
 
 
 def test_every_row_is_trained_and_measured_on_the_same_units(data: Path, tmp_path: Path, make_terms: Any) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=2))
+    plan = _plan(data, make_terms(private=False, max_tokens=32, rounds=2))
     result = _compare(plan, _charter(plan), tmp_path)
     assert list(result["models"]) == ["base", "alone: north", "alone: south", "pooled", "federation"]
     loss = {name: one["loss"]["value"] for name, one in result["models"].items()}
@@ -110,7 +119,7 @@ def test_every_row_is_trained_and_measured_on_the_same_units(data: Path, tmp_pat
 def test_pairs_on_experts_are_trained_and_measured_too(
     data: Path, tmp_path: Path, make_terms: Any, targets: str, pairs: int
 ) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    plan = _plan(data, make_terms(private=False, max_tokens=32, rounds=1))
     charter = _charter(plan, targets=targets, layers=[1])
     layout = charter.adapter.layout(read_config(TINY))
     assert [tensor.shape for tensor in layout.trained()] == [(pairs, 256, 2), (pairs, 128, 2)]
@@ -137,7 +146,7 @@ class _Noting(Session):
 def test_private_arms_keep_the_charters_promise(
     data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    plan = _plan(data, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
     charter = _charter(plan)
     monkeypatch.setattr(module, "Session", _Noting)
     _Noting.asked.clear()
@@ -160,7 +169,7 @@ def test_private_arms_keep_the_charters_promise(
 def test_the_comparison_trains_and_measures_as_the_environment_says(
     data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    plan = _plan(data, make_terms(private=False, max_tokens=32, rounds=1))
     charter = _charter(plan)
     monkeypatch.setattr(module, "Session", _Noting)
     asked: list[int] = []
@@ -181,7 +190,7 @@ def test_the_comparison_trains_and_measures_as_the_environment_says(
 def test_a_streamed_comparison_has_the_same_figures_and_leaves_no_copy_running(
     data: Path, tmp_path: Path, make_terms: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(private=False, max_tokens=32, rounds=1))
+    plan = _plan(data, make_terms(private=False, max_tokens=32, rounds=1))
     charter = _charter(plan)
     want = _compare(plan, charter, tmp_path)
     monkeypatch.setenv("FOEDUS_STREAMING", "3")
@@ -219,7 +228,7 @@ def test_what_one_holds_out_and_another_trains_on_is_left_out(
             for number in numbers
         ]
         (folder / f"{org}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = plan_data(folder, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    plan = _plan(folder, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
     monkeypatch.setattr(module, "Session", _Noting)
     _Noting.asked.clear()
     result = _compare(plan, _charter(plan), tmp_path)
@@ -241,7 +250,7 @@ def test_what_one_holds_out_and_another_trains_on_is_left_out(
 
 
 def test_a_variant_that_is_not_its_manifests_is_refused(data: Path, tmp_path: Path, make_terms: Any) -> None:
-    plan = plan_data(data, ["case"], [], TINY, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
+    plan = _plan(data, make_terms(max_tokens=32, rounds=1, expected_units=8, delta=1e-3))
     charter = _charter(plan)
     folder = _variant(charter, tmp_path / "variant", np.zeros(charter.adapter.length, np.float32))
     path = folder / "adapter_config.json"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.load import load_dataset
-from foedus_local.plan import Plan, parse_layers, plan_data, plan_invented, power_of_two
+from foedus_client.policy import POLICY_TEMPLATE
+from foedus_local.plan import LEAST_ORGANISATIONS, Plan, parse_layers, plan_data, plan_invented, power_of_two
 from foedus_protocols.charter_draft import draft
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.identity import generate_signing_key, public_hex
@@ -36,6 +38,7 @@ def write(folder: Path, name: str, units: int, **renamed: str) -> Path:
 def folder(tmp_path: Path) -> Path:
     write(tmp_path / "wards", "North_Ward", 20)
     write(tmp_path / "wards", "south", 9, topic="id")
+    write(tmp_path / "wards", "west", 3)
     (tmp_path / "wards" / "README.txt").write_text("not data")
     return tmp_path / "wards"
 
@@ -45,6 +48,7 @@ def test_one_file_is_one_organisation_with_its_own_unit(folder: Path, make_terms
     assert [(one.org, one.unit, one.units_at_most) for one in plan.organisations] == [
         ("north-ward", "topic", 32),
         ("south", "id", 16),
+        ("west", "topic", 4),
     ]
     assert (plan.domain, plan.unit) == ("wards", "topic/id")
 
@@ -52,6 +56,7 @@ def test_one_file_is_one_organisation_with_its_own_unit(folder: Path, make_terms
 def test_every_organisation_holds_out_a_unit_and_trains_on_one(tmp_path: Path, make_terms: Any) -> None:
     write(tmp_path, "a", 2)
     write(tmp_path, "b", 3)
+    write(tmp_path, "c", 4)
     for seed in range(4):
         for one in plan_data(tmp_path, ["topic"], [], BASE, make_terms(seed=seed)).organisations:
             found = load_dataset(
@@ -65,10 +70,11 @@ def test_every_organisation_holds_out_a_unit_and_trains_on_one(tmp_path: Path, m
 def test_columns_are_mapped_by_file(tmp_path: Path, make_terms: Any) -> None:
     write(tmp_path, "a", 5)
     write(tmp_path, "b", 5, question="subject", answer="body")
+    write(tmp_path, "c", 5)
     with pytest.raises(DataError, match=r"b\.jsonl"):
         plan_data(tmp_path, ["topic"], [], BASE, make_terms())
     plan = plan_data(tmp_path, ["topic"], ["b:question=subject,answer=body"], BASE, make_terms())
-    assert [one.columns for one in plan.organisations] == [{}, {"question": "subject", "answer": "body"}]
+    assert [one.columns for one in plan.organisations] == [{}, {"question": "subject", "answer": "body"}, {}]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +93,12 @@ def test_options_that_fit_no_file_are_refused(
         plan_data(folder, units, columns, BASE, make_terms())
 
 
-def test_a_folder_needs_two_files_of_several_units_and_different_names(tmp_path: Path, make_terms: Any) -> None:
+def test_a_folder_needs_three_files_of_several_units_and_different_names(tmp_path: Path, make_terms: Any) -> None:
     with pytest.raises(DataError, match="expected a folder"):
         plan_data(tmp_path / "nowhere", ["topic"], [], BASE, make_terms())
     write(tmp_path, "a", 5)
-    with pytest.raises(DataError, match="at least two"):
+    write(tmp_path, "c", 5)
+    with pytest.raises(DataError, match=r"at least 3 data files .* got 2: an organisation signs with two others"):
         plan_data(tmp_path, ["topic"], [], BASE, make_terms())
     write(tmp_path, "b", 1)
     with pytest.raises(DataError, match="several units"):
@@ -100,6 +107,11 @@ def test_a_folder_needs_two_files_of_several_units_and_different_names(tmp_path:
     write(tmp_path, "A", 5)
     with pytest.raises(UsageError, match="different organisations"):
         plan_data(tmp_path, ["topic"], [], BASE, make_terms())
+
+
+def test_a_demo_has_as_many_organisations_as_a_policy_asks_for() -> None:
+    policy = tomllib.loads(POLICY_TEMPLATE)
+    assert policy["minimum_members"] + 1 == LEAST_ORGANISATIONS
 
 
 def charter_of(plan: Plan) -> Any:

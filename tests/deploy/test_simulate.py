@@ -64,12 +64,12 @@ def test_the_deal_follows_the_seed(text: list[Path], tmp_path: Path, make_terms:
 def test_too_few_units_or_organisations_are_refused_and_empty_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     path.write_text("".join(json.dumps({"id": f"u{n}", "text": "A text."}) + "\n" for n in range(5)))
-    with pytest.raises(UsageError, match="at least two organisations, got 1"):
-        read_deal([path], 1, ["id"], [])
+    with pytest.raises(UsageError, match="at least 3 organisations, got 2: each signs with two others"):
+        read_deal([path], 2, ["id"], [])
     with pytest.raises(
         DataError, match=r"got 0; 5 rows are unusable, the first is few\.jsonl line 1: the unit field no"
     ):
-        read_deal([path], 2, ["no"], [])
+        read_deal([path], 3, ["no"], [])
     # From the root command on: an earlier simulation's folder stays as it is.
     earlier = tmp_path / "sim"
     earlier.mkdir()
@@ -87,7 +87,7 @@ def test_without_ray_it_says_what_to_install(
 ) -> None:
     from foedus_local.simulate import simulate
 
-    plan = split(text[2:], 2, tmp_path / "split", make_terms(**SMALL))
+    plan = split(text[2:], 3, tmp_path / "split", make_terms(**SMALL))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"foedus\[simulation\]"):
         simulate(plan, tmp_path / "sim", BASE, actors=1)

@@ -17,8 +17,8 @@ from foedus_protocols.errors import DataError
 
 from foedus_client.datasets.formats import Chat, Message, RowError
 from foedus_client.datasets.harmony import Harmony, Record
-from foedus_client.datasets.readers import Rejected, read_rows
-from foedus_client.datasets.units import Units, key_hash, unit_field, unit_key
+from foedus_client.datasets.readers import Rejected, read_rows, stem
+from foedus_client.datasets.units import Columns, Units, key_hash, unit_field, unit_key
 
 FIELDS = ("label", "role")
 _MOST_OPTIONS = 32
@@ -56,13 +56,14 @@ class Questions:
 
 
 def read_questions(
-    files: Sequence[Path], *, units: Units, split_key: bytes, field: str | None = None
+    files: Sequence[Path], *, units: Units, columns: Columns, split_key: bytes, field: str | None = None
 ) -> list[Questions]:
     """The labelled rows, by the label's field.
 
     Args:
         files: As `load_dataset` takes them.
         units: Which field is the privacy unit.
+        columns: As `load_dataset` takes them: a question's column, its context's, or a text's, by file.
         split_key: The unit namespace's key.
         field: The label's field; `FIELDS` are looked for where it is None.
 
@@ -79,7 +80,7 @@ def read_questions(
             if isinstance(row, Rejected):
                 continue
             named = field or next((one for one in FIELDS if _is_label(row.values.get(one))), None)
-            text = _question(row.values)
+            text = _question(row.values, columns.get(stem(path), {}))
             if named is None or text is None or not _is_label(row.values.get(named)):
                 continue
             try:
@@ -119,9 +120,11 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value.strip()) <= _LONGEST_OPTION
 
 
-def _question(values: Mapping[str, Any]) -> str | None:
+def _question(values: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
     """A question after its context, or a text."""
-    parts = [values.get("context"), values["question"]] if "question" in values else [values.get("text")]
+    asks = "question" in (columns or values)
+    names = [columns.get(name, "" if columns else name) for name in (("context", "question") if asks else ("text",))]
+    parts = [values.get(name) for name in names]
     texts = [part for part in parts if isinstance(part, str) and part.strip()]
     return "\n\n".join(texts) if texts else None
 

@@ -33,7 +33,7 @@ def test_a_label_of_a_question_and_the_role_of_a_text_are_recognised(tmp_path: P
         {"id": "1", "role": "Facts", "text": "A fence was moved."},
         {"id": "2", "role": "Ratio", "text": "It follows."},
     )
-    found = {one.field: one for one in read_questions([medical, legal], units="id", split_key=KEY)}
+    found = {one.field: one for one in read_questions([medical, legal], units="id", columns={}, split_key=KEY)}
     assert found["label"].options == ("no", "yes")
     assert found["role"].options == ("Facts", "Ratio")
     assert {(one.text, one.label) for one in found["label"].asked} == {
@@ -44,21 +44,37 @@ def test_a_label_of_a_question_and_the_role_of_a_text_are_recognised(tmp_path: P
     assert hashes == sorted(key_hash(KEY, unit) for unit in ("1", "2"))
 
 
+def test_a_question_is_found_in_the_columns_that_are_named(tmp_path: Path) -> None:
+    asked = _write(
+        tmp_path / "asked.jsonl",
+        {"Q": "Is it?", "CTX": "Studies.", "A": "It is.", "question": "another", "final": "yes"},
+        {"Q": "Was it?", "A": "Never.", "final": "no"},
+    )
+    told = _write(tmp_path / "told.jsonl", {"body": "A fence.", "question": "?", "final": "no"})
+    columns = {"asked": {"question": "Q", "context": "CTX", "answer": "A"}, "told": {"text": "body"}}
+    (found,) = read_questions([asked, told], units="record", columns=columns, split_key=KEY, field="final")
+    assert {(one.text, one.label) for one in found.asked} == {
+        ("Studies.\n\nIs it?", "yes"),
+        ("Was it?", "no"),
+        ("A fence.", "no"),
+    }
+
+
 def test_one_value_or_far_too_many_are_no_label_unless_named(tmp_path: Path) -> None:
     one = _write(tmp_path / "one.jsonl", *({"text": "a", "role": "same", "grade": "x"} for _ in range(3)))
-    assert read_questions([one], units="record", split_key=KEY) == []
+    assert read_questions([one], units="record", columns={}, split_key=KEY) == []
     with pytest.raises(DataError, match="from 2 to 32 different values of grade, got 1"):
-        read_questions([one], units="record", split_key=KEY, field="grade")
+        read_questions([one], units="record", columns={}, split_key=KEY, field="grade")
     many = _write(tmp_path / "many.jsonl", *({"text": f"a{n}", "role": f"r{n}"} for n in range(33)))
-    assert read_questions([many], units="record", split_key=KEY) == []
+    assert read_questions([many], units="record", columns={}, split_key=KEY) == []
     with pytest.raises(DataError, match="rows with the label colour"):
-        read_questions([many], units="record", split_key=KEY, field="colour")
+        read_questions([many], units="record", columns={}, split_key=KEY, field="colour")
 
 
 def test_chats_have_no_question_of_their_own(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chats = _write(tmp_path / "chats.jsonl", *({"messages": turns, "label": name} for name in ("x", "y")))
-    assert read_questions([chats], units="record", split_key=KEY) == []
+    assert read_questions([chats], units="record", columns={}, split_key=KEY) == []
 
 
 def test_options_share_their_prompt_to_the_last_token(tokenizer_path: Path) -> None:
