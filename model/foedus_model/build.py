@@ -27,7 +27,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from foedus_model.attention import gpt_oss_config
 from foedus_model.checkpoint import Checkpoint, Contents, open_checkpoint, read_contents
-from foedus_model.experts import QuantisedExperts
+from foedus_model.experts import QuantisedExperts, gate_of
 from foedus_model.linear import quantise_linears
 from foedus_model.memory import needs_of, require_memory
 from foedus_model.parts import bytes_by_part, in_units, type_name
@@ -234,6 +234,7 @@ def _model_config(described: Mapping[str, Any]) -> GptOssConfig:
     _require_shape(described)
     try:
         config = gpt_oss_config(described)
+        gate_of(config)
     except FoedusError:
         raise
     except Exception as error:  # transformers checks a configuration in many ways of its own.

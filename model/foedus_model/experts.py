@@ -116,12 +116,15 @@ class QuantisedExperts(RoutedExperts):
 def gate_of(config: Any) -> Gate:
     """The activation's constants: gpt-oss's own where the configuration does not name them.
 
-    transformers 5.17 has them in its experts' code and no field for them; a later one fills its fields.
+    transformers 5.17 has them in its experts' code and no field for them; a later one fills and checks its fields.
+
+    Raises:
+        TypeError, ValueError: A constant that is no number.
     """
     own = Gate()
     return Gate(
-        alpha=getattr(config, "swiglu_alpha", own.alpha),
-        limit=getattr(config, "swiglu_limit", own.limit),
+        alpha=float(getattr(config, "swiglu_alpha", own.alpha)),
+        limit=float(getattr(config, "swiglu_limit", own.limit)),
     )
 
 

@@ -81,7 +81,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dequantised() -> Callable[[Path], GptOssForCausalLM]:
-    """transformers' own loader, decoding to float32: the reference."""
+    """transformers' own loader, decoding to float32: the reference. 5.17 leaves what it decoded in bfloat16."""
 
     def load(folder: Path) -> GptOssForCausalLM:
         model = GptOssForCausalLM.from_pretrained(
@@ -90,6 +90,6 @@ def dequantised() -> Callable[[Path], GptOssForCausalLM]:
             dtype=torch.float32,
             attn_implementation="eager",
         )
-        return model.eval().requires_grad_(False)
+        return model.float().eval().requires_grad_(False)
 
     return load

@@ -59,7 +59,8 @@ def test_inputs_of_layers_wait_on_the_host_and_no_bit_changes(adapter, monkeypat
         def __init__(self, pin_memory: bool) -> None:
             super().__init__(pin_memory)
             own = self.pack_hook
-            self.pack_hook = lambda tensor: waiting.append(tensor) or own(tensor)
+            # torch 2.11 keeps a tensor of nothing beside each.
+            self.pack_hook = lambda tensor: (waiting.append(tensor) if tensor.numel() else None) or own(tensor)
 
     monkeypatch.setattr(recompute, "save_on_cpu", Watched)
     recompute_layers(adapter.model)
