@@ -10,6 +10,7 @@ import typer
 from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
+from foedus_protocols.manifest import read_config
 
 from foedus_local.options import (
     Adapted,
@@ -29,7 +30,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Plan, Terms, check_domain, parse_layers, plan_data, plan_invented
+from foedus_local.plan import Plan, Terms, check_domain, check_terms, parse_layers, plan_data, plan_invented
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +123,7 @@ def demo(
     own = None if data is None else plan_data(data, unit or [], columns or [], model, terms)
     place = folder or Path("foedus-demo" if terms.private else "foedus-demo-NOT-PRIVATE")
     described = None if preset is None else _required(preset, terms, place, own)
+    check_terms(terms, described or read_config(model))
     with demo_folder(place) as place:
         if described is not None:
             model = _synthetic_base(place / "base", described, terms.seed, model)

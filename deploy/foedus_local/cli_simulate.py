@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
+from foedus_protocols.manifest import read_config
 
 from foedus_local.options import (
     Adapted,
@@ -28,7 +29,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Terms, parse_layers, plan_split, read_deal
+from foedus_local.plan import Terms, check_terms, parse_layers, plan_split, read_deal
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
 
@@ -76,6 +77,7 @@ def simulate(
     )  # fmt: skip
     model = base or shipped_base()
     # What cannot be meant is found before an earlier simulation's folder is emptied.
+    check_terms(terms, read_config(model))
     deal = read_deal([*data, *(more or [])], orgs, unit, columns or [])
     default = Path("foedus-simulation" if terms.private else "foedus-simulation-NOT-PRIVATE")
     with demo_folder(folder or default) as place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from foedus_client.datasets.formats import Chat, RowError, parse_row
 from foedus_client.datasets.load import load_dataset
 from foedus_client.datasets.readers import Rejected, Row, read_rows, stem
 from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field, unit_key
+from foedus_protocols.charter_draft import check_length
 from foedus_protocols.errors import DataError, UsageError
+from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import TOKENIZER_FILE
 
 from foedus_local.federation import PURPOSE, Organisation
@@ -118,6 +120,16 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     if list(layers) != sorted(set(layers)):
         raise UsageError(f"expected --layers ascending, each once, got {text!r}")
     return layers
+
+
+def check_terms(terms: Terms, base_config: Mapping[str, Any]) -> None:
+    """Accept what a base must have: the layers that are adapted, and positions for the longest record.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    adapter_layout(base_config, targets=terms.adapter, rank=1, layers=terms.layers)
+    check_length(terms.max_tokens, base_config)
 
 
 def check_domain(domain: str) -> None:

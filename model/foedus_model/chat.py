@@ -185,6 +185,10 @@ class Channels:
         self._header: list[int] = []
         self._naming = False
 
+    def closes(self, token: int) -> bool:
+        """Whether a token ends the message of the channel ``final``: what comes after it is not of this answer."""
+        return self._channel == FINAL and self._controls.get(token) == "<|end|>"
+
     def push(self, token: int) -> str | None:
         """The channel that a token is text of; None for control tokens and headers."""
         control = self._controls.get(token)

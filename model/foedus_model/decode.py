@@ -157,7 +157,7 @@ class _Row:
 
     def take(self, token: int) -> Iterator[Piece]:
         """Account for a chosen token."""
-        if token in self.request.prompt.end_ids:
+        if token in self.request.prompt.end_ids or self._channels.closes(token):
             self.finish = "end"
             yield from self._last(None)
             return

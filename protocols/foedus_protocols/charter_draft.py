@@ -164,7 +164,7 @@ def draft(
     """
     try:
         terms = CharterDraft.model_validate(dict(toml))
-        _within_the_models_text(terms.recipe.max_tokens, base_config)
+        check_length(terms.recipe.max_tokens, base_config)
         adapter, described = _adapter(terms.adapter, base_config)
         participants = tuple(_participant(one, terms, roster, described.length) for one in terms.participants)
         charter = Charter(
@@ -203,8 +203,12 @@ def draft(
     return charter
 
 
-def _within_the_models_text(max_tokens: int, base_config: Mapping[str, Any]) -> None:
-    """Beyond its positions a model computes on, and means nothing by it."""
+def check_length(max_tokens: int, base_config: Mapping[str, Any]) -> None:
+    """Accept the length of a run's longest record. Beyond its positions a model computes on, and means nothing by it.
+
+    Raises:
+        ConfigError: It is longer than the base's longest text.
+    """
     longest = base_config.get("max_position_embeddings")
     if isinstance(longest, int) and max_tokens > longest:
         raise ConfigError(

@@ -60,3 +60,18 @@ def test_every_command_refuses_it_in_the_same_line(
         error: Any = invoke(name).exception
         assert (type(error), str(error), error.exit_code) == (ConfigError, str(of_a_worker.value), 3), name
     assert {path.name for path in tmp_path.iterdir()} == {"held.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--layers", "1,9"], "from 0 to 3 for this base, got"), (["--max-tokens", "2049"], "up to 2048")],
+)
+def test_what_a_base_has_not_is_refused_before_a_demo_is_emptied(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", None)
+    (tmp_path / "demo.json").write_text(json.dumps({"process": None}))
+    (tmp_path / "kept").write_text("the earlier result")
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(local, [*options, "--folder", str(tmp_path)], catch_exceptions=False)
+    assert (tmp_path / "kept").exists()

@@ -227,6 +227,9 @@ def test_reasoning_and_answer_are_told_apart(loaded: Callable[[str], Generator])
     with _says(generator, *said):
         done = _answer(generator, prompt)
     assert (done.thinking, done.text, done.finish) == ("Hm.", "Yes.", "end")
+    with _says(generator, *said[:-1], end, start, "user", message, "And then?", end):
+        done = _answer(generator, prompt)
+    assert (done.text, done.finish) == ("Yes.", "end")  # The next turn is not the model's to say.
     with _says(generator, "no header at all", ret):
         assert _answer(generator, prompt).text == "no header at all"
 
