@@ -7,6 +7,7 @@ that are read: a model is measured on what it might say, and not told how often 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,22 +97,28 @@ def read_questions(
 def answers(harmony: Harmony, question: Question, field: str, options: Sequence[str], max_tokens: int) -> list[Record]:
     """One row an option: the same prompt, another answer, in the order of `options`.
 
-    A prompt that is too long loses its start, as in training; it keeps room for the longest option.
+    A prompt that is too long loses its start, as in training. An option is never cut: two that begin alike would be
+    one, and an answer without its end is likelier than one with it.
+
+    Raises:
+        DataError: `max_tokens` has no room for the longest option.
     """
-    ask = f"{question.text}\n\nWhich {field} is right: {', '.join(options)}?"
-    encoded = [
-        harmony.chat(
-            Chat(messages=(Message(role="user", content=ask), Message(role="assistant", content=option))),
-            max_tokens=max_tokens,
-        )[0]
-        for option in options
-    ]
-    longest = max(encoded, key=lambda record: int(record.loss_mask.sum()))
-    prompt = longest.tokens[: int(np.argmax(longest.loss_mask))]
+    ask = Message(role="user", content=f"{question.text}\n\nWhich {field} is right: {', '.join(options)}?")
+
+    def encoded(answer: str, most: int) -> Record:
+        turns = (ask, Message(role="assistant", content=answer))
+        return harmony.chat(Chat(messages=turns), max_tokens=most)[0]
+
+    whole = [encoded(option, sys.maxsize) for option in options]
+    endings = [record.tokens[record.loss_mask] for record in whole]  # With the token that ends an answer.
+    try:
+        unanswered = encoded("", max_tokens - max(map(len, endings)) + 1)
+    except RowError as error:
+        raise DataError(f"expected --max-tokens with room for every {field}, got {max_tokens}: raise it") from error
+    prompt = unanswered.tokens[:-1]
     rows = []
-    for record in encoded:
-        answer = record.tokens[record.loss_mask]
-        tokens = np.concatenate([prompt, answer])
+    for ending in endings:
+        tokens = np.concatenate([prompt, ending])
         rows.append(Record(tokens=tokens, loss_mask=np.arange(len(tokens)) >= len(prompt)))
     return rows
 

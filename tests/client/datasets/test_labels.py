@@ -88,3 +88,15 @@ def test_options_share_their_prompt_to_the_last_token(tokenizer_path: Path) -> N
     texts = [harmony._tokenizer.decode(list(row.tokens[row.loss_mask])) for row in rows]
     assert texts == list(options)
     assert harmony._tokenizer.decode(list(prompts[0])).endswith("no, a much longer option, yes?assistantfinal")
+
+
+def test_an_option_is_never_cut(tokenizer_path: Path) -> None:
+    """Two that begin alike would be one, of which the first in the alphabet is always taken."""
+    harmony = Harmony.from_file(tokenizer_path)
+    options = ("the appeal of the first party", "the appeal of the second party", "no")
+    question = Question(key_hash="", label="no", text="word " * 200)
+    rows = answers(harmony, question, "role", options, 24)
+    assert [harmony._tokenizer.decode(list(row.tokens[row.loss_mask])) for row in rows] == list(options)
+    assert max(len(row.tokens) for row in rows) == 24
+    with pytest.raises(DataError, match="room for every role, got 16: raise it"):
+        answers(harmony, question, "role", options, 16)
