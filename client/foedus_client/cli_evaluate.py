@@ -11,6 +11,7 @@ import typer
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
+from foedus_protocols.memory import keep_freed_memory
 
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.units import RECORD, Columns, Units, parse_columns, parse_units
@@ -110,6 +111,7 @@ def _measure(base: Path, variant: Path | None, material: Material) -> tuple[dict
 
     from foedus_client.evaluate import measure
 
+    keep_freed_memory()
     found = {}
     private = None
     for name, folder in (("base", None), *((("variant", variant),) if variant is not None else ())):

@@ -159,10 +159,6 @@ class WorkerProcess:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
-            # Activations stay in the heap instead of being mapped and unmapped for each operation: fewer page faults,
-            # 4 to 27 % of a small model's step on a CPU (docs/log.md). glibc reads these at a process's start.
-            "MALLOC_MMAP_THRESHOLD_": "1000000000",
-            "MALLOC_TRIM_THRESHOLD_": "1000000000",
         }
         with ExitStack() as stack:
             stack.callback(theirs.close)
