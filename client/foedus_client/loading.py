@@ -70,6 +70,8 @@ def load_adapted(setup: Setup) -> tuple[AttachedAdapter, Streamer | None]:
     """
     switches = Switches.read()
     set_threads()
+    # cuBLAS may otherwise add the parts of a product in bfloat16, and how many parts there are follows from its rows.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     base, device = Path(setup.base), switches.device
     layout = adapter_layout(
         read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train
