@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
+# A bench's process keeps what it frees, as every process of ours that computes with a model does (`keep_freed_memory`).
+KEPT := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
 
 .PHONY: setup demo test e2e gpu lint types contracts security check bench bench-gpu chaos study slow-link fuzz proto clean help
 
@@ -51,11 +53,11 @@ check: lint types contracts security  ## everything static
 
 bench: setup     ## rounds, private step, attention, experts, a 20b layer, generation, beside their peers (BENCH_FLAGS, STEP_FLAGS, ...)
 	$(BIN)/python tests/bench/rounds.py $(BENCH_FLAGS)
-	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
-	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
-	MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 PYTHONPATH=tests $(BIN)/python tests/bench/experts.py $(EXPERTS_FLAGS)
-	$(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
-	$(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
+	$(KEPT) $(BIN)/python tests/bench/step.py $(STEP_FLAGS)
+	$(KEPT) PYTHONPATH=tests $(BIN)/python tests/bench/attention.py $(ATTENTION_FLAGS)
+	$(KEPT) PYTHONPATH=tests $(BIN)/python tests/bench/experts.py $(EXPERTS_FLAGS)
+	$(KEPT) $(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
+	$(KEPT) $(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
 
 bench-gpu:       ## kernels and whole steps on a CUDA device at the true shapes, with the torch that PYTHON has (GPU_BENCH_FLAGS)
 	PYTHONPATH=kernels:model:protocols:client $(PYTHON) tests/bench/gpu.py $(GPU_BENCH_FLAGS)
