@@ -182,12 +182,16 @@ class Channels:
         self._tokenizer = tokenizer
         self._controls = {number: name for name, number in special_ids(tokenizer).items()}
         self._channel = channel
+        self._own_headers = channel is None
         self._header: list[int] = []
         self._naming = False
 
     def closes(self, token: int) -> bool:
-        """Whether a token ends the message of the channel ``final``: what comes after it is not of this answer."""
-        return self._channel == FINAL and self._controls.get(token) == "<|end|>"
+        """Whether a token ends a ``final`` message that the answer opened: what comes after it is not of this answer.
+
+        Where the prompt opened it, the prompt's own `end_ids` say what ends it.
+        """
+        return self._own_headers and self._channel == FINAL and self._controls.get(token) == "<|end|>"
 
     def push(self, token: int) -> str | None:
         """The channel that a token is text of; None for control tokens and headers."""

@@ -230,6 +230,9 @@ def test_reasoning_and_answer_are_told_apart(loaded: Callable[[str], Generator])
     with _says(generator, *said[:-1], end, start, "user", message, "And then?", end):
         done = _answer(generator, prompt)
     assert (done.text, done.finish) == ("Yes.", "end")  # The next turn is not the model's to say.
+    with _says(generator, "One", end, "two", ret):
+        done = _answer(generator, Prompt(ids=(1, 2), end_ids=frozenset({ret}), channel=FINAL))
+    assert end in done.ids[:-1]  # Where the prompt opened the message, the prompt says what ends it.
     with _says(generator, "no header at all", ret):
         assert _answer(generator, prompt).text == "no header at all"
 
