@@ -26,7 +26,7 @@ from foedus_protocols.errors import RoundFailed, StateError
 from foedus_protocols.files import write_durably
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from foedus_local.federation import Budget, LocalFederation
+from foedus_local.federation import LocalFederation
 from foedus_local.plan import Plan
 
 MARKER = "demo.json"
@@ -99,9 +99,8 @@ def run_demo(plan: Plan, folder: Path, base: Path) -> Result:
     """
     started = time.monotonic()
     federation = LocalFederation(folder, plan.organisations, base)
-    budget = Budget(epsilon_cap=plan.terms.epsilon, delta=plan.terms.delta, allow_unprotected=not plan.terms.private)
     try:
-        federation.create(budget, say)
+        federation.create(plan.budget(), say)
         run = federation.start_run(plan.charter())
         detail = watch(Home(federation.coordinator_home), run, federation.check)
     finally:

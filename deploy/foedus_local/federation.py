@@ -8,7 +8,7 @@ Everything goes through the documented commands, in the order of ``docs/walkthro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,19 @@ class Organisation:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every organisation's policy grants."""
+    """What every organisation's policy grants.
+
+    Attributes:
+        epsilon_cap: Of the unit namespace.
+        delta: The same.
+        allow_unprotected: Whether runs of mode `none` are joined.
+        bounds: What the run asks for, by the name of the policy's bound; a bound that is wider stays as it is.
+    """
 
     epsilon_cap: float
     delta: float
     allow_unprotected: bool
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
 
 class LocalFederation:
@@ -187,5 +195,7 @@ def decide(path: Path, budget: Budget) -> None:
     document["allow_unprotected"] = budget.allow_unprotected
     bounds: Any = document.setdefault("bounds", tomlkit.table())
     bounds["evaluation"] = ["none", "plain"]
+    for name, asked in budget.bounds.items():
+        bounds[name] = max(asked, bounds[name])
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
     policy.load(path)

@@ -19,7 +19,7 @@ from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import TOKENIZER_FILE
 
-from foedus_local.federation import PURPOSE, Organisation
+from foedus_local.federation import PURPOSE, Budget, Organisation
 from foedus_local.text import DOMAINS, write_demo_text
 
 _SPLIT_ATTEMPTS = 32
@@ -68,6 +68,21 @@ class Plan:
     organisations: tuple[Organisation, ...]
     unit: str
     terms: Terms
+
+    def budget(self) -> Budget:
+        """What each organisation must grant for it: on this machine one person is all of them."""
+        terms = self.terms
+        return Budget(
+            epsilon_cap=terms.epsilon,
+            delta=terms.delta,
+            allow_unprotected=not terms.private,
+            bounds={
+                "max_tokens": terms.max_tokens,
+                "max_records_per_unit": terms.max_records_per_unit,
+                "max_rounds": terms.rounds,
+                "max_rate": terms.rate,
+            },
+        )
 
     def charter(self) -> dict[str, Any]:
         """The charter as `foedus coordinator run start` takes it."""

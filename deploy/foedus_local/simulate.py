@@ -189,7 +189,7 @@ def _organisation(home: CoordinatorHome, one: Organisation, plan: Plan, base: Pa
     client.save(config.model_copy(update=coordinates))
     split = client.keys / f"split-{NAMESPACE.encode().hex()}.key"
     write_durably(split, f"{one.split_key.hex()}\n".encode(), mode=0o600)
-    budget = Budget(epsilon_cap=plan.terms.epsilon, delta=plan.terms.delta, allow_unprotected=not plan.terms.private)
+    budget = plan.budget()
     register(client, _declaration(one, plan, budget, base))
     decide(client.policy, budget)
     return client

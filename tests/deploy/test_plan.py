@@ -11,6 +11,8 @@ import pytest
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.load import load_dataset
 from foedus_client.policy import POLICY_TEMPLATE
+from foedus_client.policy import load as load_policy
+from foedus_local.federation import decide
 from foedus_local.plan import LEAST_ORGANISATIONS, Plan, parse_layers, plan_data, plan_invented, power_of_two
 from foedus_protocols.charter_draft import draft
 from foedus_protocols.errors import DataError, UsageError
@@ -176,3 +178,14 @@ def test_layers_are_numbers_between_commas() -> None:
     for wrong in ("", "all", "1,0", "1,1", "-1", "0;2", "12345"):
         with pytest.raises(UsageError, match="--layers"):
             parse_layers(wrong)
+
+
+def test_a_demos_policies_grant_what_its_run_asks_for(folder: Path, tmp_path: Path, make_terms: Any) -> None:
+    plan = plan_data(folder, ["topic", "south=id"], [], BASE, make_terms(max_tokens=2048, rounds=3))
+    path = tmp_path / "policy.toml"
+    path.write_text(POLICY_TEMPLATE)
+    usual = load_policy(path).bounds
+    decide(path, plan.budget())
+    bounds = load_policy(path).bounds
+    assert (usual.max_tokens, bounds.max_tokens) == (1024, 2048)
+    assert (bounds.max_rounds, bounds.max_rate, bounds.max_rank) == (usual.max_rounds, usual.max_rate, usual.max_rank)

@@ -7,6 +7,7 @@ that are read: a model is measured on what it might say, and not told how often 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,15 +81,16 @@ def read_questions(
         for row in read_rows(path):
             if isinstance(row, Rejected):
                 continue
-            named = field or next((one for one in FIELDS if _is_label(row.values.get(one))), None)
+            named = field or next((one for one in FIELDS if _label(row.values.get(one)) is not None), None)
             text = _question(row.values, columns.get(stem(path), {}))
-            if named is None or text is None or not _is_label(row.values.get(named)):
+            label = None if named is None else _label(row.values.get(named))
+            if named is None or label is None or text is None:
                 continue
             try:
                 key = key_hash(split_key, unit_key(row.values, unit))
             except RowError:
                 continue
-            found.setdefault(named, []).append(Question(key_hash=key, label=row.values[named].strip(), text=text))
+            found.setdefault(named, []).append(Question(key_hash=key, label=label, text=text))
     if field is not None and not found:
         raise DataError(f"expected rows with the label {field} and a question or text, got none: correct --label")
     return [made for name, asked in found.items() if (made := _questions(name, asked, named=field is not None))]
@@ -123,8 +125,10 @@ def answers(harmony: Harmony, question: Question, field: str, options: Sequence[
     return rows
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value.strip()) <= _LONGEST_OPTION
+def _label(value: Any) -> str | None:
+    """A field's value as an option: a short text, or a whole number or truth value as JSON writes it."""
+    text = value.strip() if isinstance(value, str) else json.dumps(value) if isinstance(value, int) else ""
+    return text if 0 < len(text) <= _LONGEST_OPTION else None
 
 
 def _question(values: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:

@@ -60,6 +60,18 @@ def test_a_question_is_found_in_the_columns_that_are_named(tmp_path: Path) -> No
     }
 
 
+@pytest.mark.parametrize(("values", "options"), [((1, 0, 10), ("0", "1", "10")), ((True, False), ("false", "true"))])
+def test_numbers_and_truth_values_are_labels_as_json_writes_them(
+    values: tuple[Any, ...], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    rows = [{"question": f"Is it so, {number}?", "label": value} for number, value in enumerate(values)]
+    asked = _write(tmp_path / "asked.jsonl", *rows)
+    (found,) = read_questions([asked], units="record", columns={}, split_key=KEY)
+    assert (found.options, len(found.asked)) == (options, len(values))
+    fractions = _write(tmp_path / "fractions.jsonl", *(row | {"label": n + 0.5} for n, row in enumerate(rows)))
+    assert read_questions([fractions], units="record", columns={}, split_key=KEY) == []
+
+
 def test_one_value_or_far_too_many_are_no_label_unless_named(tmp_path: Path) -> None:
     one = _write(tmp_path / "one.jsonl", *({"text": "a", "role": "same", "grade": "x"} for _ in range(3)))
     assert read_questions([one], units="record", columns={}, split_key=KEY) == []
