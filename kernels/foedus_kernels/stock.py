@@ -24,7 +24,8 @@ import torch
 _CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _CUDA = torch.ops.aten._scaled_dot_product_efficient_attention
-_CUDA_BACKWARD = torch.ops.aten._efficient_attention_backward  # What the other one's calls, without a choice of splits.
+# Not the backward of the same name: that one calls this, and leaves the number of splits to it.
+_CUDA_BACKWARD = torch.ops.aten._efficient_attention_backward
 _NO_MASK, _CAUSAL = 0, 1  # Its masks: none, and query t sees the keys 0 to t.
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -151,9 +152,11 @@ def _backward_on_cuda(
     if grad.stride(3) != 1:  # A sum's gradient is one number, expanded; the kernel takes rows side by side only.
         grad = grad.contiguous()
     seed = torch.zeros((), dtype=torch.int64, device="cpu")  # Of the dropout that there is none of.
-    turned = [x.transpose(1, 2) for x in (grad, q, keys, values, out)]  # (B, T, H, D)
+    turned = [x.transpose(1, 2) for x in (grad, q, keys, values)]  # (B, T, H, D)
+    # In 16 bits the kernel reads `out` by the strides that its own forward gives it, whatever its strides are.
+    written = out.transpose(1, 2).contiguous()  # (B, T, H, D)
     dq, dk, dv, _ = _CUDA_BACKWARD(
-        *(*turned[:4], _bias(mask, q), turned[4], None, None, queries, k.shape[2], lse, 0.0, seed, seed),
+        *(*turned, _bias(mask, q), written, None, None, queries, k.shape[2], lse, 0.0, seed, seed),
         *(_CAUSAL if causal else _NO_MASK, False),
         scale=scale,
         num_splits_key=1,
