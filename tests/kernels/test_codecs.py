@@ -26,7 +26,7 @@ def test_tensors_without_values_decode_to_a_shape_and_leave_nothing_behind(codec
     """In a fake mode, outside of it and on the meta device; real tensors decode as ever before and after."""
     module = CODECS[codec][0]
     tensors = stored(codec, 3, 40, 128)
-    for cached in ("_quad_table", "_decoder"):
+    for cached in ("_quad_table", "_pair_table", "_decoder"):
         if hasattr(module, cached):
             getattr(module, cached).cache_clear()
     with FakeTensorMode() as mode:

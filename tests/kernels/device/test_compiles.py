@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from support.compile_kernels import cases, narrow_offsets
 
 TESTS = Path(__file__).parents[2]
 
-# Bytes that may spill: up to three registers by Triton 3.9 and eight by 3.6, which the assemblers that they bring place
-# outside the loop, where twice as many warps would do every product twice. None on sm_90.
-SPILLED = {
+# Bytes that may spill: up to three registers by Triton 3.9 and eight before it, which the assemblers that they bring
+# place outside the loop, where twice as many warps would do every product twice. None on sm_90.
+SPILLED = {("log-sparse keys, bf16", 80): 24}
+SPILLED_BEFORE = {
     ("log-sparse keys, bf16", 80): 32,
     ("log-sparse keys, bf16", 100): 8,
     ("log-sparse keys, chunks, bf16", 80): 8,
@@ -44,7 +46,8 @@ def test_every_kernel_compiles_everywhere_and_spills_next_to_nothing(compiled: l
         print(
             "{label:24} sm_{architecture:<4} registers {registers:4} shared {shared:7} spilled {spilled}".format(**one)
         )
-    assert [one for one in compiled if one["spilled"] > SPILLED.get((one["label"], one["architecture"]), 0)] == []
+    allowed = SPILLED if tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else SPILLED_BEFORE
+    assert [one for one in compiled if one["spilled"] > allowed.get((one["label"], one["architecture"]), 0)] == []
     # 48 KiB need no asking, 99 KiB an sm_86 or sm_89 has as well.
     assert max(one["shared"] for one in compiled) <= 99 << 10
 
