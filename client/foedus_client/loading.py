@@ -17,7 +17,7 @@ from foedus_model.build import load_base
 from foedus_model.experts import choose_path
 from foedus_model.recompute import recompute_layers
 from foedus_model.streaming import Streamer, stream_experts
-from foedus_model.switches import compute_type, default_device, experts_path, fused_attention, set_threads, threads
+from foedus_model.switches import compute_type, default_device, experts_path, fused_attention, prepare_process, threads
 from foedus_protocols.errors import CheckpointError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import read_config
@@ -69,9 +69,7 @@ def load_adapted(setup: Setup) -> tuple[AttachedAdapter, Streamer | None]:
         ConfigError: A setting of the environment that cannot be.
     """
     switches = Switches.read()
-    set_threads()
-    # cuBLAS may otherwise add the parts of a product in bfloat16, and how many parts there are follows from its rows.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    prepare_process()
     base, device = Path(setup.base), switches.device
     layout = adapter_layout(
         read_config(base), targets=setup.targets, rank=setup.rank, layers=setup.layers, train=setup.train

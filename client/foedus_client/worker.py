@@ -33,7 +33,6 @@ from flwr.clientapp import ClientApp
 from foedus_protocols.errors import FoedusError, PolicyRefused, StateError
 from foedus_protocols.files import disk_trouble
 from foedus_protocols.logs import frames_of, setup
-from foedus_protocols.memory import keep_freed_memory
 
 from foedus_client.app import body_of, build_app, content_of
 from foedus_client.session import Session
@@ -131,7 +130,6 @@ def main(arguments: list[str]) -> int:
     It ends in order, with what copies beside it, when the other end closes and on SIGTERM, in the middle of a step too.
     """
     setup()
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, _leave)
     leave_with(int(arguments[1]))
     with alone(Path.cwd()), closing(Worker(Path.cwd())) as worker:

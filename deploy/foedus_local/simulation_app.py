@@ -37,7 +37,6 @@ from foedus_client.work import (
 )
 from foedus_client.worker_process import error_of
 from foedus_protocols.errors import FoedusError, PolicyRefused, RoundFailed
-from foedus_protocols.memory import keep_freed_memory
 
 SETUP = "setup"
 _SESSIONS = 2  # Bases that one actor keeps: each is a whole model.
@@ -92,7 +91,6 @@ def _session(message: Message) -> Session:
     record = message.content[SETUP]
     key = (bytes(record["body"]), str(record["work"]))
     if key not in _sessions:
-        keep_freed_memory()
         _sessions[key] = Session.load(Setup.decode(key[0]), work=Path(key[1]))
     _sessions.move_to_end(key)
     while len(_sessions) > _SESSIONS:

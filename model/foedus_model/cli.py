@@ -12,7 +12,6 @@ import typer
 from foedus_protocols.console import Format, FormatOption
 from foedus_protocols.errors import UsageError
 from foedus_protocols.manifest import verify_manifest
-from foedus_protocols.memory import keep_freed_memory
 
 from foedus_model.cli_fit import fit
 from foedus_model.cli_generate import generate
@@ -42,7 +41,6 @@ def pretrain(
 
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"expected a new or empty folder for the finished base, got {out}")
-    keep_freed_memory()
     model = pretraining.pretrain(
         work, device="cuda" if torch.cuda.is_available() else "cpu", quiet=output is Format.json
     )

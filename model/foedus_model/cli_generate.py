@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from foedus_protocols.console import Format, FormatOption, emit, progress_console, without_controls
 from foedus_protocols.errors import UsageError
-from foedus_protocols.memory import keep_freed_memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -80,7 +79,6 @@ def generate(
         stop=tuple(stop or ()),
     )  # fmt: skip
     conversations = _conversations(prompt or [], prompt_file or [], messages, raw=raw)
-    keep_freed_memory()
     form = _Form(raw=raw, short=short, effort=effort)
     with closing(load_as_switched(base, variant)) as generator:
         requests = [Request(prompt=_prompt(generator, turns, form), sampling=sampling) for turns in conversations]

@@ -8,6 +8,7 @@ here is trainable and nothing decoded outlives a call. A dense checkpoint withou
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -119,13 +120,19 @@ def gate_of(config: Any) -> Gate:
     transformers 5.17 has them in its experts' code and no field for them; a later one fills and checks its fields.
 
     Raises:
-        TypeError, ValueError: A constant that is no number.
+        ValueError: A constant that is no number above 0.
     """
     own = Gate()
     return Gate(
-        alpha=float(getattr(config, "swiglu_alpha", own.alpha)),
-        limit=float(getattr(config, "swiglu_limit", own.limit)),
+        alpha=_constant("swiglu_alpha", getattr(config, "swiglu_alpha", own.alpha)),
+        limit=_constant("swiglu_limit", getattr(config, "swiglu_limit", own.limit)),
     )
+
+
+def _constant(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < math.inf:
+        raise ValueError(f"expected {name} as a number above 0, got {value!r}")
+    return float(value)
 
 
 def choose_path(

@@ -69,7 +69,7 @@ def load_as_switched(base: Path, variant: Path | None = None) -> Generator:
     """
     device, fused, experts = switches.default_device(), switches.fused_attention(), switches.experts_path()
     dtype, stream = switches.compute_type(device), switches.units_a_pass() is not None
-    switches.set_threads()
+    switches.prepare_process()
     return load_generator(base, variant, device=device, dtype=dtype, fused=fused, experts=experts, stream=stream)
 
 

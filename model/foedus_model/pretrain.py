@@ -42,6 +42,7 @@ from foedus_model.checkpoint import write_checkpoint
 from foedus_model.corpus import Corpus, Document, read_corpus
 from foedus_model.measure import bits_per_byte, xz_bits_per_byte
 from foedus_model.quantize import quantise
+from foedus_model.switches import prepare_process
 from foedus_model.tokenizer import SPECIAL_TOKENS, VOCABULARY, Tokens, encode, train_tokenizer
 
 _CHAT_ROWS_ONE_IN = 8
@@ -121,8 +122,10 @@ def pretrain(
         The trained model, dense, its experts already on the MXFP4 grid.
 
     Raises:
+        ConfigError: FOEDUS_THREADS is no number of threads.
         StateError: ``work`` holds a run of another corpus, configuration or settings.
     """
+    prepare_process()
     settings = settings or PretrainSettings()
     config = tiny_config() if config is None else config
     corpus = read_corpus()

@@ -13,6 +13,7 @@ import os
 import torch
 from foedus_kernels.backend import CAPABILITY, PATHS
 from foedus_protocols.errors import ConfigError
+from foedus_protocols.memory import keep_freed_memory
 
 _COMPUTE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _MOST_THREADS = 1024
@@ -79,6 +80,20 @@ def set_threads() -> None:
     wanted = threads()
     if wanted is not None:
         torch.set_num_threads(wanted)
+
+
+def prepare_process() -> None:
+    """Set this process up for a model: threads, memory, and how products are added up.
+
+    torch lets cuBLAS add the parts of a product in bfloat16, and how many parts there are follows from its rows. In
+    float32 they may still be split by rows; where that changes a bit, the packed path's check finds it.
+
+    Raises:
+        ConfigError: As `threads`.
+    """
+    set_threads()
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def fused_attention() -> bool:

@@ -23,6 +23,14 @@ def test_without_a_variable_each_has_its_default(monkeypatch: pytest.MonkeyPatch
     assert torch.get_num_threads() == before
 
 
+def test_a_process_for_a_model_adds_the_parts_of_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOEDUS_THREADS", "")
+    flags = torch.backends.cuda.matmul
+    flags.allow_bf16_reduced_precision_reduction = True  # Its default.
+    shared.prepare_process()
+    assert not flags.allow_bf16_reduced_precision_reduction
+
+
 @pytest.mark.parametrize(
     ("read", "name", "value", "text"),
     [

@@ -174,7 +174,6 @@ def test_the_comparison_trains_and_measures_as_the_environment_says(
     monkeypatch.setattr(module, "Session", _Noting)
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # Its default.
     wanted = {"ATTENTION": "fused", "CHECKPOINTING": "on", "EXPERTS": "dequantised", "THREADS": "2", "DEVICE": "cpu"}
     for name, value in wanted.items():
         monkeypatch.setenv(f"FOEDUS_{name}", value)
@@ -182,7 +181,6 @@ def test_the_comparison_trains_and_measures_as_the_environment_says(
     _compare(plan, charter, tmp_path)
     (model, streaming), *_ = _Noting.models
     assert (model.config._attn_implementation, streaming, asked) == (NAME, None, [2])
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert all(hasattr(layer, "_foedus_recomputed") for layer in model.model.layers)
     monkeypatch.setenv("FOEDUS_EXPERTS", "fused")
     with pytest.raises(ConfigError, match="experts: expected what the fused path needs"):

@@ -143,6 +143,9 @@ def test_the_activation_has_the_models_own_constants_where_a_configuration_has_n
     assert gate_of(SimpleNamespace()) == Gate(alpha=1.702, limit=7.0)
     assert gate_of(SimpleNamespace(swiglu_limit=5.0)) == Gate(alpha=1.702, limit=5.0)
     assert gate_of(SimpleNamespace(swiglu_alpha=1.5, swiglu_limit=5.0)) == Gate(alpha=1.5, limit=5.0)
+    for wrong in ("7", True, 0, -7.0, float("nan"), float("inf"), None):
+        with pytest.raises(ValueError, match="swiglu_limit as a number above 0"):
+            gate_of(SimpleNamespace(swiglu_limit=wrong))
 
 
 def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> None:
@@ -164,7 +167,8 @@ def test_an_unknown_layer_type_is_refused(write_base: Callable[..., Path]) -> No
         ({"layer_types": 5}, "a list of names"),
         ({"layer_types": [["a"]] * 2}, "a list of names"),
         ({"layer_types": ["full_attention"]}, "2 layer_types"),
-        ({"swiglu_limit": "x"}, "a gpt-oss configuration"),
+        ({"swiglu_limit": "7"}, "a gpt-oss configuration"),
+        ({"swiglu_limit": -7.0}, "a gpt-oss configuration"),
         ({"rope_parameters": {"rope_type": "evil", "rope_theta": 1.0}}, "a gpt-oss configuration"),
         ({"pad_token_id": 10**9}, "a gpt-oss configuration"),
     ],
