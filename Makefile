@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # The suite's processes share the machine: one BLAS thread each unless the caller says otherwise.
 export OMP_NUM_THREADS ?= 1
 # A bench's process keeps what it frees, as every process of ours that computes with a model does (`keep_freed_memory`).
-KEPT := MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000
+KEPT := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1
 
 .PHONY: setup demo test e2e gpu lint types contracts security check bench bench-gpu chaos study slow-link fuzz proto clean help
 
@@ -59,7 +59,7 @@ bench: setup     ## rounds, private step, attention, experts, a 20b layer, gener
 	$(KEPT) $(BIN)/python tests/bench/layer20b.py $(LAYER_FLAGS)
 	$(KEPT) $(BIN)/python tests/bench/generation.py $(GENERATION_FLAGS)
 
-bench-gpu:       ## kernels and whole steps on a CUDA device at the true shapes, with the torch that PYTHON has (GPU_BENCH_FLAGS)
+bench-gpu:       ## kernels and whole steps on a CUDA device at the true shapes, with the torch, transformers, scipy and tokenizers that PYTHON has (GPU_BENCH_FLAGS)
 	PYTHONPATH=kernels:model:protocols:client $(PYTHON) tests/bench/gpu.py $(GPU_BENCH_FLAGS)
 
 chaos: setup     ## KILLS=200 random kills, freezes, cuts and torn writes (SEED=... repeats one), and what was lost

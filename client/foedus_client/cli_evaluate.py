@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
-from foedus_protocols.errors import UsageError
+from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
-from foedus_protocols.memory import keep_freed_memory
 
 from foedus_client.datasets.cli import shipped_base
 from foedus_client.datasets.units import RECORD, Columns, Units, parse_columns, parse_units
@@ -101,7 +100,14 @@ def _material(
     material.add_units(_GROUP, both, max_records)
     harmony = Harmony.from_file(base / TOKENIZER_FILE)
     for asked in read_questions(files, units=units, columns=columns, split_key=split_key, field=label):
-        material.add_questions(_GROUP, asked, harmony, options=asked.options, max_tokens=max_tokens, most=max_records)
+        try:
+            material.add_questions(
+                _GROUP, asked, harmony, options=asked.options, max_tokens=max_tokens, most=max_records
+            )
+        except DataError as error:
+            if label is not None:
+                raise
+            progress_console.print(f"  no question of {asked.field} is asked: {error}", highlight=False, markup=False)
     return material
 
 
@@ -111,7 +117,6 @@ def _measure(base: Path, variant: Path | None, material: Material) -> tuple[dict
 
     from foedus_client.evaluate import measure
 
-    keep_freed_memory()
     found = {}
     private = None
     for name, folder in (("base", None), *((("variant", variant),) if variant is not None else ())):

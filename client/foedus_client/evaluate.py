@@ -69,10 +69,16 @@ class Material:
     def add_questions(
         self, group: str, asked: Questions, harmony: Harmony, *, options: tuple[str, ...], max_tokens: int, most: int
     ) -> None:
-        """Take `most` questions, as many of each unit as can be."""
+        """Take `most` questions, as many of each unit as can be.
+
+        Raises:
+            DataError: `max_tokens` has no room for an option; no question was taken.
+        """
+        chosen = list(_spread(asked.asked, lambda one: one.key_hash, most))
+        rows = [answers(harmony, question, asked.field, options, max_tokens) for question in chosen]
         task = self.tasks.setdefault(asked.field, Task(label=asked.field, options=options))
-        for question in _spread(asked.asked, lambda one: one.key_hash, most):
-            task.rows.append(answers(harmony, question, asked.field, options, max_tokens))
+        task.rows.extend(rows)
+        for question in chosen:
             task.right.append(options.index(question.label))
             task.owners.append(self._number(group, question.key_hash))
 

@@ -11,7 +11,6 @@ from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
 from foedus_protocols.manifest import read_config
-from foedus_protocols.memory import keep_freed_memory
 
 from foedus_local.options import (
     Adapted,
@@ -165,7 +164,6 @@ def _compared(result: Result, place: Path, model: Path) -> dict[str, Any]:
     from foedus_local.compare import compare
     from foedus_local.demo import charter_of, say
 
-    keep_freed_memory()
     plan = result.plan
     charter = charter_of(result, place / "coordinator")
     made = compare(charter, plan.organisations, result.variant, model, folder=place, seed=plan.terms.seed, say=say)

@@ -29,7 +29,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Terms, check_terms, parse_layers, plan_split, read_deal
+from foedus_local.plan import LEAST_ORGANISATIONS, Terms, check_terms, parse_layers, plan_split, read_deal
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
 
@@ -39,7 +39,9 @@ def simulate(
     data: Annotated[list[Path], typer.Option("--data", help="The data files: one, or several behind it.")],
     unit: Annotated[list[str], typer.Option("--unit", help="FIELD that is the privacy unit, NAME=FIELD, or record.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Further data files.")] = None,
-    orgs: Annotated[int, typer.Option(min=3, help="How many organisations; whole units are dealt out to them.")] = 10,
+    orgs: Annotated[
+        int, typer.Option(min=LEAST_ORGANISATIONS, help="How many organisations; whole units are dealt out to them.")
+    ] = 10,
     columns: Annotated[
         list[str] | None,
         typer.Option("--columns", help="FILE:question=COLUMN,answer=COLUMN, or FILE:text=COLUMN."),

@@ -35,6 +35,7 @@ from foedus_client.work import Setup, StepTermsTask, TrainTask
 from foedus_model.generate import read_variant_manifest
 from foedus_protocols import accounting, rules
 from foedus_protocols.charter import Charter, less_slack, noise_slack
+from foedus_protocols.errors import DataError
 from foedus_protocols.layout import Vector
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
 from foedus_protocols.peft_folder import check_files, read_peft
@@ -94,7 +95,7 @@ def compare(
     setup = _setup(charter, base)
     adapter, streaming = load_adapted(setup)
     held = {one.org: _dataset(one, charter, base) for one in organisations}
-    material, left_out = _material(charter, organisations, held, base)
+    material, left_out = _material(charter, organisations, held, base, say)
     parties = [_party(charter, org, data) for org, data in held.items()]
     start = charter.adapter.start(lambda: read_config(base))
     measured: dict[str, Measured] = {}
@@ -137,7 +138,7 @@ def _dataset(one: Organisation, charter: Charter, base: Path) -> Dataset:
 
 
 def _material(
-    charter: Charter, organisations: Sequence[Organisation], held: Mapping[str, Dataset], base: Path
+    charter: Charter, organisations: Sequence[Organisation], held: Mapping[str, Dataset], base: Path, say: Tell
 ) -> tuple[Material, dict[str, int]]:
     """Held-out units and questions of everybody, at most the charter's number of records of each; and those left out.
 
@@ -162,7 +163,10 @@ def _material(
         # One set of options for everybody, whichever of them an organisation's own rows happen to have.
         options = sorted({option for _, other in asked if other.field == found.field for option in other.options})
         if found.asked:
-            material.add_questions(org, found, harmony, options=tuple(options), max_tokens=max_tokens, most=most)
+            try:
+                material.add_questions(org, found, harmony, options=tuple(options), max_tokens=max_tokens, most=most)
+            except DataError as error:
+                say(f"no question of {found.field} is asked: {error}")
     return material, left_out
 
 

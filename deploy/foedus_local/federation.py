@@ -196,6 +196,6 @@ def decide(path: Path, budget: Budget) -> None:
     bounds: Any = document.setdefault("bounds", tomlkit.table())
     bounds["evaluation"] = ["none", "plain"]
     for name, asked in budget.bounds.items():
-        bounds[name] = max(asked, bounds[name])
+        bounds[name] = max(asked, bounds.get(name, asked))
     path.write_text(tomlkit.dumps(document), encoding="utf-8")
     policy.load(path)

@@ -14,8 +14,10 @@ from foedus_client.datasets.formats import Chat, RowError, parse_row
 from foedus_client.datasets.load import load_dataset
 from foedus_client.datasets.readers import Rejected, Row, read_rows, stem
 from foedus_client.datasets.units import check_names, parse_columns, parse_units, unit_field, unit_key
-from foedus_protocols.charter_draft import check_length
-from foedus_protocols.errors import DataError, UsageError
+from foedus_protocols.charter import check_length
+from foedus_protocols.charter_checks import MAX_PARAMETERS
+from foedus_protocols.charter_draft import default_rank
+from foedus_protocols.errors import ConfigError, DataError, UsageError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import TOKENIZER_FILE
 
@@ -141,9 +143,15 @@ def check_terms(terms: Terms, base_config: Mapping[str, Any]) -> None:
     """Accept what a base must have: the layers that are adapted, and positions for the longest record.
 
     Raises:
-        ConfigError: It has not.
+        ConfigError: It has not, or the adapter is larger than an organisation's policy allows.
     """
-    adapter_layout(base_config, targets=terms.adapter, rank=1, layers=terms.layers)
+    rank = default_rank(terms.adapter, base_config)
+    layout = adapter_layout(base_config, targets=terms.adapter, rank=rank, layers=terms.layers)
+    if layout.length > MAX_PARAMETERS:
+        raise ConfigError(
+            f"expected an adapter of at most {MAX_PARAMETERS} trained coordinates, got {layout.length}: adapt fewer "
+            "layers with --layers"
+        )
     check_length(terms.max_tokens, base_config)
 
 
@@ -187,7 +195,7 @@ def plan_data(folder: Path, units: Sequence[str], columns: Sequence[str], base: 
     if len(files) < LEAST_ORGANISATIONS:
         raise DataError(
             f"expected at least {LEAST_ORGANISATIONS} data files ({', '.join(DATA_SUFFIXES)}) in {folder}, got "
-            f"{len(files)}: an organisation signs with two others at least"
+            f"{len(files)}: a demo's organisation signs with two others at least"
         )
     chosen, mapped = parse_units(units), parse_columns(columns)
     check_names(files, chosen, mapped)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from foedus_protocols import accounting, codec, identity, rules
 from foedus_protocols.canonical import canonical_bytes, digest, parse_canonical
-from foedus_protocols.errors import VerificationError
+from foedus_protocols.errors import ConfigError, VerificationError
 from foedus_protocols.layout import Layout, Targets, Train, Vector, adapter_layout, initial_vector
 from foedus_protocols.messages import Agreement, Digest, OrgId
 
@@ -341,6 +341,17 @@ class Charter(Terms):
         optimiser = self.recipe.optimiser
         known = rules.noise_variance(_constants(self.participants)) if optimiser.name == "adambc" else 0.0
         return rules.Rule(**optimiser.model_dump(), noise_variance=known)
+
+
+def check_length(max_tokens: int, base_config: Mapping[str, Any]) -> None:
+    """Accept the length of the longest record. Beyond its positions a model computes on, and means nothing by it.
+
+    Raises:
+        ConfigError: It is longer than the base's longest text.
+    """
+    longest = base_config.get("max_position_embeddings")
+    if isinstance(longest, int) and max_tokens > longest:
+        raise ConfigError(f"expected max_tokens up to {longest}, the base's longest text, got {max_tokens}: lower it")
 
 
 def derived_update_bound(participants: tuple[Participant, ...], length: int) -> float:

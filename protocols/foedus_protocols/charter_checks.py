@@ -11,7 +11,7 @@ leaves.
      6  it names enough other members, each confirmed by us
      7  the base is one that we hold
      8  adapter description and initial adapter are as we compute them; an extension's is the one that we replayed
-     9  purpose, recipe and evaluation keep our policy's bounds
+     9  purpose, recipe and evaluation keep our policy's bounds, and records the base's
     10  the privacy budget, by our own accountant
     11  members, survivors, ring, range and an optimiser that can run
     12  everyone signed
@@ -34,6 +34,7 @@ from foedus_protocols.canonical import digest
 from foedus_protocols.charter import (
     Charter,
     Participant,
+    check_length,
     derived_update_bound,
     verify_agreement,
     verify_charter_signature,
@@ -176,6 +177,7 @@ def check_charter(
     earlier = _extension_as_replayed(charter, view) if stage == "sign" else None
     with _step(9):
         _within_bounds(charter, view.limits)
+        check_length(charter.recipe.max_tokens, config)
     with _step(8):  # Makes the whole adapter, so only once its size is within our bounds.
         _starts_as_computed(charter, computed)
     with _step(10):

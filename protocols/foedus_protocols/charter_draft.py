@@ -37,6 +37,7 @@ from foedus_protocols.charter import (
     Schedule,
     Terms,
     Text,
+    check_length,
     derived_update_bound,
     less_slack,
     noise_slack,
@@ -203,19 +204,6 @@ def draft(
     return charter
 
 
-def check_length(max_tokens: int, base_config: Mapping[str, Any]) -> None:
-    """Accept the length of a run's longest record. Beyond its positions a model computes on, and means nothing by it.
-
-    Raises:
-        ConfigError: It is longer than the base's longest text.
-    """
-    longest = base_config.get("max_position_embeddings")
-    if isinstance(longest, int) and max_tokens > longest:
-        raise ConfigError(
-            f"expected recipe.max_tokens up to {longest}, the base's longest text, got {max_tokens}: lower it"
-        )
-
-
 def _participant(declared: DraftParticipant, terms: CharterDraft, roster: Roster, length: int) -> Participant:
     """The constants of one organisation, for a vector of `length`."""
     constants = accounting.party_constants(declared.units_at_most, terms.privacy.target_units)
@@ -266,9 +254,7 @@ def _privacy(terms: DraftPrivacy) -> Privacy:
 
 def _adapter(terms: DraftAdapter, base_config: Mapping[str, Any]) -> tuple[Adapter, Layout]:
     """The charter's section and the layout that it names."""
-    rank = _DEFAULT_RANK if terms.rank is None else terms.rank
-    if terms.rank is None and terms.targets == "experts":
-        rank = max(1, _DEFAULT_RANK // _experts_per_token(base_config))
+    rank = default_rank(terms.targets, base_config) if terms.rank is None else terms.rank
     alpha = 2.0 * (rank if terms.targets == "experts" else _DEFAULT_RANK) if terms.alpha is None else terms.alpha
     described = layout.adapter_layout(
         base_config, targets=terms.targets, rank=rank, layers=terms.layers, train=terms.train
@@ -285,6 +271,15 @@ def _adapter(terms: DraftAdapter, base_config: Mapping[str, Any]) -> tuple[Adapt
         train="both" if terms.train == "both" else None,
     )
     return adapter, described
+
+
+def default_rank(targets: str, base_config: Mapping[str, Any]) -> int:
+    """The rank of an adapter whose draft names none.
+
+    Raises:
+        ConfigError: The base does not say how many experts a token has.
+    """
+    return max(1, _DEFAULT_RANK // _experts_per_token(base_config)) if targets == "experts" else _DEFAULT_RANK
 
 
 def _experts_per_token(base_config: Mapping[str, Any]) -> int:

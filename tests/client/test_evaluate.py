@@ -160,6 +160,17 @@ def test_command_refuses_records_that_are_longer_than_the_models_text(tmp_path: 
         _run("--data", _labelled(tmp_path / "a.jsonl"), "--max-tokens", "2049")
 
 
+def test_options_that_have_no_room_are_refused_where_named_and_else_left_out(tmp_path: Path) -> None:
+    given = ("--data", _labelled(tmp_path / "a.jsonl"), "--max-tokens", "16", "--format", "json")
+    with pytest.raises(DataError, match="room for every role, got 16"):
+        _run(*given, "--label", "role")
+    said = _run(*given)
+    assert "no question of role is asked: expected --max-tokens with room for every role" in " ".join(
+        said.stderr.split()
+    )
+    assert json.loads(said.stdout.splitlines()[-1])["tasks"] == {}
+
+
 def test_command_refuses_two_files_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     files = [_labelled(tmp_path / "a.jsonl"), _labelled(tmp_path / "b" / "a.jsonl")]

@@ -13,9 +13,17 @@ from foedus_client.datasets.load import load_dataset
 from foedus_client.policy import POLICY_TEMPLATE
 from foedus_client.policy import load as load_policy
 from foedus_local.federation import decide
-from foedus_local.plan import LEAST_ORGANISATIONS, Plan, parse_layers, plan_data, plan_invented, power_of_two
+from foedus_local.plan import (
+    LEAST_ORGANISATIONS,
+    Plan,
+    check_terms,
+    parse_layers,
+    plan_data,
+    plan_invented,
+    power_of_two,
+)
 from foedus_protocols.charter_draft import draft
-from foedus_protocols.errors import DataError, UsageError
+from foedus_protocols.errors import ConfigError, DataError, UsageError
 from foedus_protocols.identity import generate_signing_key, public_hex
 from foedus_protocols.manifest import read_config, read_manifest
 from foedus_protocols.roster import Roster
@@ -100,7 +108,7 @@ def test_a_folder_needs_three_files_of_several_units_and_different_names(tmp_pat
         plan_data(tmp_path / "nowhere", ["topic"], [], BASE, make_terms())
     write(tmp_path, "a", 5)
     write(tmp_path, "c", 5)
-    with pytest.raises(DataError, match=r"at least 3 data files .* got 2: an organisation signs with two others"):
+    with pytest.raises(DataError, match=r"at least 3 data files .* got 2: a demo.s organisation signs with two others"):
         plan_data(tmp_path, ["topic"], [], BASE, make_terms())
     write(tmp_path, "b", 1)
     with pytest.raises(DataError, match="several units"):
@@ -178,6 +186,15 @@ def test_layers_are_numbers_between_commas() -> None:
     for wrong in ("", "all", "1,0", "1,1", "-1", "0;2", "12345"):
         with pytest.raises(UsageError, match="--layers"):
             parse_layers(wrong)
+
+
+def test_an_adapter_that_no_policy_allows_is_refused_before_anything_starts(make_terms: Any) -> None:
+    large = read_config(BASE) | {"num_local_experts": 128, "hidden_size": 2880, "intermediate_size": 2880}
+    check_terms(make_terms(adapter="experts", layers=(1,)), large)
+    with pytest.raises(ConfigError, match=r"at most 134217728 trained coordinates, got \d+: adapt fewer"):
+        check_terms(
+            make_terms(adapter="experts"), large | {"num_hidden_layers": 36, "layer_types": ["full_attention"] * 36}
+        )
 
 
 def test_a_demos_policies_grant_what_its_run_asks_for(folder: Path, tmp_path: Path, make_terms: Any) -> None:

@@ -177,6 +177,16 @@ def test_step_9_bounds(league: Any, charter: Charter, view: OrgView, changes: di
     refused(9, lambda: check(league, charter, limited(view, **changes)), text)
 
 
+def test_step_9_records_within_the_models_text(league: Any, charter: Charter, view: OrgView) -> None:
+    for positions in (charter.recipe.max_tokens, charter.recipe.max_tokens - 1):
+        short = league.config | {"max_position_embeddings": positions}
+        held = replace(view, base_configs={league.base: short})
+        if positions < charter.recipe.max_tokens:
+            refused(9, lambda: check(league, charter, held), "longest text")  # noqa: B023
+        else:
+            check(league, charter, held)
+
+
 def test_an_adapter_beyond_our_bounds_is_refused_before_it_is_made(
     league: Any, charter: Charter, view: OrgView, monkeypatch: pytest.MonkeyPatch
 ) -> None:

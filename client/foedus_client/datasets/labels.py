@@ -127,6 +127,8 @@ def answers(harmony: Harmony, question: Question, field: str, options: Sequence[
 
 def _label(value: Any) -> str | None:
     """A field's value as an option: a short text, or a whole number or truth value as JSON writes it."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = value.strip() if isinstance(value, str) else json.dumps(value) if isinstance(value, int) else ""
     return text if 0 < len(text) <= _LONGEST_OPTION else None
 

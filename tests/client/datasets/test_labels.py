@@ -60,7 +60,7 @@ def test_a_question_is_found_in_the_columns_that_are_named(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize(("values", "options"), [((1, 0, 10), ("0", "1", "10")), ((True, False), ("false", "true"))])
+@pytest.mark.parametrize(("values", "options"), [((1, 0.0, 10), ("0", "1", "10")), ((True, False), ("false", "true"))])
 def test_numbers_and_truth_values_are_labels_as_json_writes_them(
     values: tuple[Any, ...], options: tuple[str, ...], tmp_path: Path
 ) -> None:
