@@ -10,6 +10,7 @@ import typer
 from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import UsageError
+from foedus_protocols.layout import parse_layers
 from foedus_protocols.manifest import read_config
 
 from foedus_local.options import (
@@ -30,7 +31,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import Plan, Terms, check_domain, check_terms, parse_layers, plan_data, plan_invented
+from foedus_local.plan import Plan, Terms, check_domain, check_terms, plan_data, plan_invented
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from foedus_client.datasets.cli import shipped_base
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
+from foedus_protocols.layout import parse_layers
 from foedus_protocols.manifest import read_config
 
 from foedus_local.options import (
@@ -29,7 +30,7 @@ from foedus_local.options import (
     RoundSecondsOption,
     RoundsOption,
 )
-from foedus_local.plan import LEAST_ORGANISATIONS, Terms, check_terms, parse_layers, plan_split, read_deal
+from foedus_local.plan import LEAST_ORGANISATIONS, Terms, check_terms, plan_split, read_deal
 
 app = typer.Typer(help="A federation of virtual organisations, for studies.")
 

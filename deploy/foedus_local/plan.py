@@ -122,23 +122,6 @@ class Plan:
         }
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """The layers of ``--layers 0,2``; None for all.
-
-    Raises:
-        UsageError: Not whole numbers, ascending, between commas.
-    """
-    if text is None:
-        return None
-    numbers = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
-        raise UsageError(f"expected --layers as numbers between commas, such as 0,2, got {text!r}")
-    layers = tuple(int(number) for number in numbers)
-    if list(layers) != sorted(set(layers)):
-        raise UsageError(f"expected --layers ascending, each once, got {text!r}")
-    return layers
-
-
 def check_terms(terms: Terms, base_config: Mapping[str, Any]) -> None:
     """Accept what a base must have: the layers that are adapted, and positions for the longest record.
 

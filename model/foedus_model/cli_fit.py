@@ -30,7 +30,10 @@ def fit(
     gpu: Annotated[str | None, typer.Option(help="The GPU's memory, such as 8GiB or 80GB.")] = None,
     answers: Annotated[int | None, typer.Option(help="Tokens that have a loss; all but the first by default.")] = None,
     targets: Annotated[str, typer.Option(help="attention, experts-shared or experts.")] = "attention",
-    rank: Annotated[int, typer.Option(help="The adapter's rank.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="The adapter's rank; default: a charter's own.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Adapted layers, such as 0,2; default: all.")] = None,
     dtype: Annotated[
         ComputeType,
         typer.Option(help="What is computed in; clients take bfloat16 on a GPU that multiplies it, else float32."),
@@ -39,6 +42,8 @@ def fit(
 ) -> None:
     """Say whether a training step of one unit fits, with its bytes by part and by remedy. Takes up to a minute."""
     import torch
+    from foedus_protocols.charter_draft import default_rank
+    from foedus_protocols.layout import parse_layers
     from foedus_protocols.manifest import read_config
 
     from foedus_model import presets
@@ -48,15 +53,19 @@ def fit(
         raise UsageError("expected either --preset or --model, got both or neither; give one")
     config = presets.preset(preset) if preset is not None else read_config(model or Path())
     limit = None if gpu is None else parse_size(gpu)
+    rank = default_rank(targets, config) if rank is None else rank
+    adapted = parse_layers(layers)
     found = traced(
-        config, tokens=tokens, answers=answers, limit=limit, dtype=getattr(torch, dtype), targets=targets, rank=rank
-    )
+        config, tokens=tokens, answers=answers, limit=limit, dtype=getattr(torch, dtype), targets=targets, rank=rank,
+        layers=adapted,
+    )  # fmt: skip
     result: dict[str, Any] = {
         "model": preset or str(model),
         "tokens": tokens,
         "dtype": str(dtype),
         "targets": targets,
         "rank": rank,
+        "layers": None if adapted is None else list(adapted),
         "limit": limit,
         "fits": None if limit is None else any(one.fits for one in found.remedies),
         "weights": dict(found.weights),

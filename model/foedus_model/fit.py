@@ -11,7 +11,7 @@ Left out: what an allocator loses between blocks, and optimisers (a round's is t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ def fit(
     dtype: torch.dtype = torch.float32,
     targets: str = "attention",
     rank: int = 16,
+    layers: Sequence[int] | None = None,
     driver: int = DRIVER,
 ) -> Fit:
     """Trace a step of one unit of one record.
@@ -102,6 +103,7 @@ def fit(
         dtype: The compute type, float32 or bfloat16.
         targets: What the adapter trains, as `adapter_layout` takes it.
         rank: Of the adapter, A fixed.
+        layers: Which of them it trains in; None for all.
         driver: Bytes that are gone before the first tensor.
 
     Raises:
@@ -122,19 +124,25 @@ def fit(
             weights[part] += entry.bytes * (dtype.itemsize - 2) // 2
     decoded = _decoded(described, dtype, on_gpu=driver > 0)
     step = _Step(
-        described=described, tokens=tokens, answers=answers, dtype=dtype, targets=targets, rank=rank, decoded=decoded
+        described=described,
+        tokens=tokens,
+        answers=answers,
+        dtype=dtype,
+        targets=targets,
+        rank=rank,
+        adapted=layers,
+        decoded=decoded,
     )
     plain, adapter = step.trace(fused=False, checkpointing=False)
     fused, _ = step.trace(fused=True, checkpointing=False)
     again, _ = step.trace(fused=True, checkpointing=True)
     fixed = adapter + driver
     resident = sum(weights.values())
-    layers = int(described["num_hidden_layers"])
     inputs = tokens * int(described["hidden_size"]) * dtype.itemsize  # Of one layer.
-    kept = layers * inputs
+    kept = int(described["num_hidden_layers"]) * inputs
     # Of what waits on the host, the input of the layer at work is on the device again.
     offloaded = again - kept + inputs
-    layout = adapter_layout(described, targets=targets, rank=rank)
+    layout = adapter_layout(described, targets=targets, rank=rank, layers=layers)
     stream = planned(described, layout, tokens=tokens, dtype=dtype)
     ways = [
         ("as it is", resident + fixed + plain),
@@ -162,7 +170,7 @@ def fit(
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """What is traced; the fields are `fit`'s."""
+    """What is traced; the fields are `fit`'s, `adapted` its `layers`."""
 
     described: Mapping[str, Any]
     tokens: int
@@ -170,6 +178,7 @@ class _Step:
     dtype: torch.dtype
     targets: str
     rank: int
+    adapted: Sequence[int] | None
     decoded: int
 
     def trace(self, *, fused: bool, checkpointing: bool) -> tuple[int, int]:
@@ -179,7 +188,7 @@ class _Step:
         quantised ones.
         """
         model = empty_model(quantised_config(self.described, "mxfp4"), self.dtype)
-        layout = adapter_layout(self.described, targets=self.targets, rank=self.rank)
+        layout = adapter_layout(self.described, targets=self.targets, rank=self.rank, layers=self.adapted)
         with torch.device("meta"):
             adapted = attach(model, layout, seed="0" * 64, alpha=self.rank, rank=self.rank)
         if fused:

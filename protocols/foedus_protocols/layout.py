@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foedus_protocols.canonical import digest, digest_json
-from foedus_protocols.errors import CheckpointError, ConfigError
+from foedus_protocols.errors import CheckpointError, ConfigError, UsageError
 
 Vector = NDArray[np.float32]
 Targets = Literal["attention", "experts-shared", "experts"]
@@ -130,6 +131,23 @@ class _Pair(NamedTuple):
     place: str
     fan_in: int
     fan_out: int
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers of ``--layers 0,2``; None for all.
+
+    Raises:
+        UsageError: Not whole numbers, ascending, between commas.
+    """
+    if text is None:
+        return None
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", number) for number in numbers):
+        raise UsageError(f"expected --layers as numbers between commas, such as 0,2, got {text!r}")
+    layers = tuple(int(number) for number in numbers)
+    if list(layers) != sorted(set(layers)):
+        raise UsageError(f"expected --layers ascending, each once, got {text!r}")
+    return layers
 
 
 def adapter_layout(

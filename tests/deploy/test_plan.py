@@ -17,7 +17,6 @@ from foedus_local.plan import (
     LEAST_ORGANISATIONS,
     Plan,
     check_terms,
-    parse_layers,
     plan_data,
     plan_invented,
     power_of_two,
@@ -25,6 +24,7 @@ from foedus_local.plan import (
 from foedus_protocols.charter_draft import draft
 from foedus_protocols.errors import ConfigError, DataError, UsageError
 from foedus_protocols.identity import generate_signing_key, public_hex
+from foedus_protocols.layout import parse_layers
 from foedus_protocols.manifest import read_config, read_manifest
 from foedus_protocols.roster import Roster
 

@@ -15,7 +15,7 @@ from foedus_kernels.cross_entropy import cross_entropy_torch
 from foedus_model import cli
 from foedus_model.fit import _Count, fit
 from foedus_model.presets import TINY, preset
-from foedus_protocols.errors import UsageError
+from foedus_protocols.errors import ConfigError, UsageError
 from foedus_protocols.layout import adapter_layout
 from foedus_protocols.manifest import read_config, read_manifest
 from typer.testing import CliRunner
@@ -109,6 +109,16 @@ def test_the_type_is_what_clients_compute_in_unless_another_is_named() -> None:
     assert plain["layer_inputs"] == 2 * half["layer_inputs"]
     assert plain["weights"]["attention"] == 2 * half["weights"]["attention"]
     assert plain["weights"]["experts"] == half["weights"]["experts"], "as they are stored"
+
+
+def test_an_adapter_in_named_layers_takes_its_share() -> None:
+    words = ["--preset", "tiny", "--tokens", "64", "--targets", "experts"]
+    every, last = _run(*words), _run(*words, "--layers", "3")
+    assert (every["rank"], every["layers"], last["layers"]) == (8, None, [3]), "16 over the experts of a token"
+    assert 4 * last["adapter"] == every["adapter"] > 0
+    assert last["activations"] < every["activations"], "nothing is kept below the lowest adapted layer"
+    with pytest.raises(ConfigError, match="layers"):
+        _run(*words, "--layers", "9")
 
 
 def test_what_people_read() -> None:
