@@ -70,10 +70,7 @@ class Session:
                     f"expected the undisturbed run to end, it did not: nothing to compare with; see {self.folder}"
                 )
             for number, trouble in enumerate(self.troubles, start=1):
-                if self._finished():
-                    private, on_short_round = next(self._terms)
-                    name = f"{'local' if private else 'none'}-{on_short_round}-{next(self._number)}"
-                    self._start_run(name, private=private, on_short_round=on_short_round)
+                self._go_on()
                 self._settle(trouble.pause)
                 say(f"  {number}/{len(self.troubles)}: {trouble}")
                 recovery = self.witness.recovery(trouble.org, working=trouble.part == "worker")
@@ -99,6 +96,13 @@ class Session:
         self._run = self.stage.start_run(self.stage.charter(name, **terms))
         say(f"run {self._run}")
 
+    def _go_on(self) -> None:
+        """Another run where the last one is over: who has nothing to do gives no sign of life."""
+        if self._finished():
+            private, on_short_round = next(self._terms)
+            name = f"{'local' if private else 'none'}-{on_short_round}-{next(self._number)}"
+            self._start_run(name, private=private, on_short_round=on_short_round)
+
     def _finished(self) -> bool:
         return _state(self.stage.coordinator_home, self._run) == "finished"
 
@@ -112,6 +116,7 @@ class Session:
     def _overcome(self, recovery: Recovery) -> None:
         deadline = max(time.time(), recovery.since) + _OVERCOME_SECONDS
         while not recovery.over and time.time() < deadline:
+            self._go_on()
             self._settle(_LOOK_SECONDS)
         say(f"    a sign of life after {'(none)' if recovery.seconds is None else f'{recovery.seconds:.1f} s'}")
 
