@@ -76,7 +76,7 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """As plain values, seconds rounded to milliseconds."""
         values = asdict(self)
-        values["seconds"] = {name: round(value, 3) for name, value in values["seconds"].items()}
+        values["seconds"] = {name: round(value, 6) for name, value in values["seconds"].items()}
         for name in ("round_seconds", "run_seconds"):
             values[name] = round(values[name], 3)
         return values
