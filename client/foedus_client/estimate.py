@@ -74,7 +74,7 @@ class Estimate:
     bytes_down: int
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, seconds rounded to milliseconds."""
+        """As plain values: the parts rounded to microseconds, the round and the run to milliseconds."""
         values = asdict(self)
         values["seconds"] = {name: round(value, 6) for name, value in values["seconds"].items()}
         for name in ("round_seconds", "run_seconds"):
