@@ -308,7 +308,7 @@ def _ask_until_answered(bench: Bench, envelope: bytes, times: int) -> Body | Non
 
 
 def _defect(*_: object, **__: object) -> None:
-    raise RuntimeError("patient 4711 has a cough")
+    raise RuntimeError("patient Nightingale has a cough")
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "charter"])
@@ -329,9 +329,9 @@ def test_a_message_that_always_fails_is_answered_with_nothing_in_the_end(
             last = EvaluateOrder(**order.model_dump(exclude={"attempt", "evaluate"}))
             envelope, expected = bench.coordinator.envelope("evaluate", last, number=3), EvaluateAnswer()
     assert _ask_until_answered(bench, envelope, daemons.POISON_FAILURES) == expected
-    assert "4711" not in caplog.text
+    assert "Nightingale" not in caplog.text
     assert "RuntimeError" in caplog.text
-    assert "4711" not in str(life_of(bench.state))
+    assert "Nightingale" not in str(life_of(bench.state))
 
 
 def test_a_message_that_failed_is_put_aside_and_others_go_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +450,7 @@ def test_the_loop_outlives_defects_and_disks_and_says_each_once(
     for name in ("_FIRST_PAUSE", "_LONGEST_PAUSE", "_TROUBLE_PAUSE"):
         monkeypatch.setattr(daemons, name, 0.001)
     troubles = iter(
-        [ValueError("patient 4711"), *[DiskTrouble("the disk is full")] * 3, *[ConnectError("nobody there")] * 3]
+        [ValueError("patient Nightingale"), *[DiskTrouble("the disk is full")] * 3, *[ConnectError("nobody there")] * 3]
     )
 
     def hello(body: dict[str, Any]) -> dict[str, Any]:
@@ -463,7 +463,7 @@ def test_the_loop_outlives_defects_and_disks_and_says_each_once(
     monkeypatch.setattr(bench.coordinator, "hello", hello)
     bench.daemon.serve(lambda: bench.coordinator)
     assert [caplog.text.count(text) for text in ("ValueError", "disk is full", "nobody there")] == [1, 1, 1]
-    assert "4711" not in caplog.text
+    assert "Nightingale" not in caplog.text
 
 
 # What a person tells a running daemon.

@@ -107,12 +107,12 @@ def test_an_unexpected_error_is_told_without_its_text(federation: Any, caplog: p
     player = Player(federation, [])
 
     def play() -> None:
-        raise ValueError("patient 4711")
+        raise ValueError("patient Nightingale")
 
     row = player.keep_going(play)
     assert row.outcome == "failed"
     assert "an unexpected ValueError" in row.reason
-    assert "4711" not in "".join([*player.lines, row.reason, caplog.text])
+    assert "Nightingale" not in "".join([*player.lines, row.reason, caplog.text])
     assert "test_runner.py" in caplog.text
 
 

@@ -25,7 +25,7 @@ def _restored() -> Iterator[None]:
 
 def _trouble() -> ValueError:
     try:
-        raise ValueError("patient 4711 has a cough")
+        raise ValueError("patient Nightingale has a cough")
     except ValueError as error:
         return error
 
@@ -37,7 +37,7 @@ def test_an_exception_is_a_class_and_places_and_never_its_text(
     setup(log_format)
     LOG.error("a message could not be read", exc_info=_trouble())
     (line,) = capsys.readouterr().err.splitlines()
-    assert "4711" not in line
+    assert "Nightingale" not in line
     assert "ValueError" in line
     assert "_trouble" in line
 
