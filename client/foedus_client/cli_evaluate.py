@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from foedus_protocols.charter import check_length
 from foedus_protocols.console import Format, FormatOption, emit, progress_console
 from foedus_protocols.errors import DataError, UsageError
 from foedus_protocols.manifest import TOKENIZER_FILE, read_config
@@ -81,9 +82,7 @@ def _material(
     from foedus_client.datasets.load import load_dataset
     from foedus_client.evaluate import Material
 
-    longest = read_config(base).get("max_position_embeddings")
-    if isinstance(longest, int) and max_tokens > longest:
-        raise UsageError(f"expected --max-tokens up to {longest}, the base's longest text, got {max_tokens}; lower it")
+    check_length(max_tokens, read_config(base))
     # Fixed, so that the same units are taken each time where --max-records leaves some out.
     split_key = hashlib.sha256(b"foedus/evaluate").digest()
     loaded = load_dataset(

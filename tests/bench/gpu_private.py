@@ -7,8 +7,7 @@ clipped and rounded on the host, summed in integers, noised. A third time, of th
 of the difference is the device's and how much the host's. Memory is the device's.
 
 Two ways: some units in one forward (`packed`), which a charter's run may take only where it was shown to change no bit
-and the bench times in any case, and one unit a forward. Every unit has the same choices of
-experts (`gpu_steps.route`).
+and the bench times in any case, and one unit a forward. Every unit has the same choices of experts (`gpu_steps.route`).
 """
 
 from __future__ import annotations
@@ -90,10 +89,11 @@ class PrivateStep:
         from foedus_model.experts import choose_path
         from foedus_model.recompute import recompute_layers
         from foedus_model.switches import prepare_process
+        from foedus_protocols.charter_draft import default_rank
         from foedus_protocols.layout import adapter_layout
 
         prepare_process()
-        rank = 16 // int(described["num_experts_per_tok"]) if case.targets == "experts" else 16
+        rank = default_rank(case.targets, described)
         model = synthetic_model(described, device, dtype, streamed=False)
         layout = adapter_layout(described, targets=case.targets, rank=rank)
         self.adapter = attach(model, layout, seed="0" * 64, alpha=16, rank=rank)

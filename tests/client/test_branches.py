@@ -73,6 +73,7 @@ def test_an_extension_that_can_spend_nothing_more_leaves_the_way_open(home: Home
     home.ledger.release_allotment(FIRST, why=why)
     home.fits(SECOND, OLD)
     home.admit(SECOND, OLD)
+    assert home.ledger.admission(SECOND) is not None
 
 
 def test_an_extension_that_expired_unheard_of_leaves_the_way_open_for_good(home: Home) -> None:

@@ -20,7 +20,7 @@ from foedus_client.evaluate import Material, measure, report, show
 from foedus_model.build import load_base
 from foedus_model.evaluate import row_losses
 from foedus_model.presets import TINY
-from foedus_protocols.errors import DataError, UsageError
+from foedus_protocols.errors import ConfigError, DataError, UsageError
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -156,7 +156,7 @@ def test_a_variant_without_privacy_is_called_that(model: Any, private: bool | No
 
 
 def test_command_refuses_records_that_are_longer_than_the_models_text(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="up to 2048, the base's longest text, got 2049"):
+    with pytest.raises(ConfigError, match="max_tokens up to 2048, the base's longest text, got 2049"):
         _run("--data", _labelled(tmp_path / "a.jsonl"), "--max-tokens", "2049")
 
 
