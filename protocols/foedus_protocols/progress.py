@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 @contextmanager
 def byte_progress(title: str, total: int) -> Iterator[Advance]:
     """Count bytes towards `total`, visibly where it is long and standard error is a terminal."""
-    if total < SHOWN_FROM or not progress_console.is_terminal:
+    if total < SHOWN_FROM or not progress_console.is_interactive:
         if total >= LOGGED_FROM:
             _LOG.info("%s: %.1f GB", title, total / 1e9)
         yield lambda count: None

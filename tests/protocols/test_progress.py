@@ -16,7 +16,8 @@ from rich.console import Console
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """A terminal of 100 columns, and what it was sent."""
     sent = io.StringIO()
-    monkeypatch.setattr(progress, "progress_console", Console(file=sent, force_terminal=True, width=100))
+    console = Console(file=sent, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(progress, "progress_console", console)
     return sent
 
 
@@ -34,11 +35,13 @@ def test_short_work_shows_nothing(terminal: io.StringIO) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_without_a_terminal_long_work_says_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", [None, "dumb"])
+def test_without_a_terminal_that_draws_long_work_says_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str | None
 ) -> None:
     sent = io.StringIO()
-    monkeypatch.setattr(progress, "progress_console", Console(file=sent, force_terminal=False))
+    console = Console(file=sent, force_terminal=kind is not None, _environ={} if kind is None else {"TERM": kind})
+    monkeypatch.setattr(progress, "progress_console", console)
     with caplog.at_level(logging.INFO):
         for total in (progress.LOGGED_FROM - 1, progress.LOGGED_FROM):
             with progress.byte_progress("verifying model", total) as advance:
